@@ -1,8 +1,8 @@
 """The rules: what follows from the state of a run, and what may be chosen. Facts in, decisions out.
 
 `next_decision` looks at the head of the run's `due` queue and says the one thing that follows. The daemon asks it after
-each fact until it answers None, writing and applying each answer; `check` asks it again for each line of a finished log.
-Because the same function speaks both times, a log that replays is a log that these rules would write again.
+each fact until it answers None, writing and applying each answer; `check` asks it again for each line of a finished
+log. Because the same function speaks both times, a log that replays is a log that these rules would write again.
 
 Rules (events.RULES is their version; a change that would decide an old log differently needs a new number)
 * A cancel decides before a timeout of the run, that before a timeout of the attempt, that before the exit status.
@@ -42,7 +42,8 @@ from wfd.events import (
 )
 from wfd.state import READY, RUNNING, Impossible, Run, RunState, StepRecord
 
-# Losses are the machine's doing (OOM kills, power cuts), but a step that is the reason for them must not repeat forever.
+# Losses are the machine's doing (OOM kills, power cuts), but a step that is the reason for them must not repeat for
+# ever.
 MAX_LOSSES = 3
 
 
@@ -175,8 +176,8 @@ def _illegal_fact(run: Run, line: Line) -> str | None:
 def replay(lines: Iterable[Line]) -> tuple[Run, Difference | None]:
     """Fold a log from its first line, regenerating every decision and checking every choice.
 
-    Returns the state and None, or the state before the first difference and that difference. A log may end in the middle
-    of the decisions that follow a fact: whoever resumes it writes log_recovered and the rest.
+    Returns the state and None, or the state before the first difference and that difference. A log may end in the
+    middle of the decisions that follow a fact: whoever resumes it writes log_recovered and the rest.
     Raises Impossible when there is no line, or the first is not run_submitted.
     """
     run: Run | None = None

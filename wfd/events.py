@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain, compress, product
+from operator import itemgetter
 from typing import ClassVar, NamedTuple
 
 from wfd import definition
@@ -210,7 +212,7 @@ class StepSucceeded(Decision):
 
 @dataclass(frozen=True, slots=True)
 class StepFailed(Decision):
-    """No try is left. reason: "exit", "timeout", "lost", "not_started"."""
+    """No try is left. reason: "exit", "timeout", "lost", "never_began", "not_started"."""
 
     name = "step_failed"
     step: str
@@ -251,7 +253,9 @@ class StepCancelled(Decision):
 
 @dataclass(frozen=True, slots=True)
 class RunFinished(Decision):
-    """All steps are in an end state. state: SUCCEEDED, FAILED or CANCELLED; reason: "" , "steps_failed", "run_timeout", "cancel"."""
+    """All steps are in an end state.
+
+    state: SUCCEEDED, FAILED or CANCELLED; reason: "", "steps_failed", "run_timeout", "cancel"."""
 
     name = "run_finished"
     cause: int
@@ -260,7 +264,9 @@ class RunFinished(Decision):
 
 
 class Line(NamedTuple):
-    """One line of a log: the envelope, and the event in it. at: RFC 3339 UTC, for people only. mono_ms: monotonic clock."""
+    """One line of a log: the envelope, and the event in it.
+
+    at: RFC 3339 UTC, for people only. mono_ms: the monotonic clock of the boot, in milliseconds."""
 
     seq: int
     at: str
@@ -278,12 +284,49 @@ _EVENTS: tuple[type[Event], ...] = (
 
 _BY_NAME: dict[str, type[Event]] = {event.name: event for event in _EVENTS}
 _FIELDS: dict[type[Event], tuple[str, ...]] = {event: tuple(f.name for f in fields(event)) for event in _EVENTS}  # type: ignore[arg-type]
-# What each field must hold, read off the annotations once: (name, type, may it be left out).
+# What each field must hold, read off the annotations once: `int…`, `str…` or `Workflow`, which is an object on disk.
 _TYPES: dict[type[Event], dict[str, type]] = {
     event: {f.name: {"i": int, "s": str, "W": dict}[str(f.type)[0]] for f in fields(event)}  # type: ignore[arg-type]
     for event in _EVENTS
 }
+_OPTIONAL: dict[type[Event], frozenset[str]] = {
+    event: frozenset(f.name for f in fields(event) if f.default is None)  # type: ignore[arg-type]
+    for event in _EVENTS
+}
+_ENVELOPE: dict[str, type] = {"seq": int, "at": str, "mono_ms": int, "durable": int, "event": str}
+
+
+class _Shape(NamedTuple):
+    """One of the forms that the lines of an event may have: each optional field is there or it is not.
+
+    types    of all values of the line, envelope and crc included
+    numbers  picks the whole numbers out of them
+    gaps     the places, among the event's fields, of those left out before others that are there
+    """
+
+    event: type[Event]
+    types: tuple[type, ...]
+    numbers: Callable[[Sequence[object]], tuple[int, ...]]
+    gaps: tuple[int, ...]
+
+
+def _shapes(event: type[Event]) -> Iterator[tuple[tuple[str, ...], _Shape]]:
+    """All forms of an event's lines, by the event's name and the names on the line in their order."""
+    choices = [(True, False) if name in _OPTIONAL[event] else (True,) for name in _FIELDS[event]]
+    for is_there in product(*choices):
+        names = tuple(compress(_FIELDS[event], is_there))
+        types = (*_ENVELOPE.values(), *(_TYPES[event][name] for name in names), str)
+        numbers = itemgetter(*(place for place, kind in enumerate(types) if kind is int))
+        last = max((place for place, there in enumerate(is_there) if there), default=-1)
+        gaps = tuple(place for place, there in enumerate(is_there[:last]) if not there)
+        yield (event.name, *_ENVELOPE, *names, "crc"), _Shape(event, types, numbers, gaps)
+
+
+# So the names, their order and their types cost one look-up and one comparison a line: reading logs is mostly this.
+_SHAPES: dict[tuple[str, ...], _Shape] = dict(chain.from_iterable(map(_shapes, _EVENTS)))
+
 _encode: Callable[[object], str] = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode
+_parse = json.JSONDecoder().raw_decode
 
 
 def seed(run_id: str) -> int:
@@ -318,54 +361,71 @@ def checks(raw: bytes, crc_seed: int) -> bool:
 def decode(raw: bytes) -> Line:
     """The line in these bytes (without the newline), whose checksum the caller has checked.
 
-    Raises InvalidEvent for anything that `encode` does not write.
+    Raises InvalidEvent for what is no event of this vocabulary, its fields in their order; and, by name, for a log that
+    a newer program wrote.
     """
     try:
-        record = json.loads(raw)
+        text = raw.decode("ascii")
+        record, end = _parse(text)
     except (ValueError, RecursionError) as error:
         raise InvalidEvent(f"not JSON: {error}") from None
-    if type(record) is not dict:
+    if type(record) is not dict or end != len(text):
         raise InvalidEvent("not a JSON object")
-    try:
-        seq, at, mono_ms, durable = record.pop("seq"), record.pop("at"), record.pop("mono_ms"), record.pop("durable")
-        name = record.pop("event")
-        del record["crc"]
-    except KeyError as missing:
-        raise InvalidEvent(f"the field {missing} is missing") from None
-    if not (type(seq) is type(mono_ms) is type(durable) is int and type(at) is str and min(seq, mono_ms, durable) >= 0):
-        raise InvalidEvent("seq, mono_ms and durable must be whole numbers from 0 on, and at a string")
-    event = _BY_NAME.get(name) if type(name) is str else None
-    if event is None:
-        raise InvalidEvent(f"unknown event {name!r}: was this log written by a newer version?")
-    return Line(seq, at, mono_ms, durable, _build(event, record))
+    name = record.get("event")
+    shape = _SHAPES.get((name, *record)) if type(name) is str else None
+    values = tuple(record.values())
+    if shape is None or tuple(map(type, values)) != shape.types or min(shape.numbers(values)) < 0:
+        raise InvalidEvent(_flaw(record))
+    seq, at, mono_ms, durable, _, *own, _ = values
+    event = shape.event
+    if event is RunSubmitted or event is SupervisorStarted:
+        own = _checked(event, record)
+    for place in shape.gaps:
+        own.insert(place, None)
+    return Line(seq, at, mono_ms, durable, event(*own))
 
 
-def _build(event: type[Event], record: dict[str, object]) -> Event:
-    types = _TYPES[event]
-    for name, value in record.items():
-        if type(value) is not types.get(name):
-            raise InvalidEvent(f"{event.name}: the field {name!r} is unknown or of the wrong type")
-        if type(value) is int and value < 0:
-            raise InvalidEvent(f"{event.name}: the field {name!r} is negative")
+def _checked(event: type[Event], record: dict[str, object]) -> list[object]:
+    """The fields of the two events that carry versions, and of which one carries a definition."""
+    if problem := _version_problem(record):
+        raise InvalidEvent(problem)
     if event is RunSubmitted:
-        _check_versions(record)
         try:
-            record["workflow"] = definition.from_record(record.get("workflow"))
+            record["workflow"] = definition.from_record(record["workflow"])
         except definition.DefinitionError as error:
             raise InvalidEvent(f"run_submitted: {error}") from None
-    elif event is SupervisorStarted:
-        _check_versions(record)
-    try:
-        return event(**record)
-    except TypeError:
-        missing = [name for name in _FIELDS[event] if name not in record]
-        raise InvalidEvent(f"{event.name}: missing one of {', '.join(missing)}") from None
+    return [record[name] for name in _FIELDS[event]]
 
 
-def _check_versions(record: dict[str, object]) -> None:
+def _flaw(record: dict[str, object]) -> str:
+    """What is wrong with a line that has none of the known shapes."""
+    name = record.get("event")
+    event = _BY_NAME.get(name) if type(name) is str else None
+    if "event" in record and event is None:
+        return f"unknown event {name!r}: was this log written by a newer version?"
+    own = _TYPES[event] if event else {}
+    # Before the fields: those of a newer format may well be others.
+    if "format" in own and (problem := _version_problem(record)):
+        return problem
+    known = {**_ENVELOPE, **own, "crc": str}
+    for name, kind in known.items():
+        if name not in record and not (event and name in _OPTIONAL[event]):
+            return f"{event.name if event else 'the line'}: the field {name!r} is missing"
+        if name in record and type(record[name]) is not kind:
+            return f"{event.name if event else 'the line'}: the field {name!r} is of the wrong type"
+    for name, value in record.items():
+        if name not in known:
+            return f"{event.name if event else 'the line'}: the field {name!r} is unknown"
+        if type(value) is int and value < 0:
+            return f"{event.name if event else 'the line'}: the field {name!r} is negative"
+    return f"{event.name if event else 'the line'}: the fields are not in their order"
+
+
+def _version_problem(record: dict[str, object]) -> str:
     for name, ours in (("format", FORMAT), ("rules", RULES)):
         theirs = record.get(name)
         if type(theirs) is not int or theirs < 1:
-            raise InvalidEvent(f"{name} must be a whole number from 1 on")
+            return f"{name} must be a whole number from 1 on"
         if theirs > ours:
-            raise InvalidEvent(f"log {name} {theirs} is newer than this program's {ours}: use a newer version of wfd")
+            return f"log {name} {theirs} is newer than this program's {ours}: use a newer version of wfd"
+    return ""

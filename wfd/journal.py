@@ -2,16 +2,16 @@
 
 Theory
 * One writer. Only the daemon that holds the home's lock appends; readers take no lock and never repair.
-* The newline commits a line, the checksum proves it, one fsync makes a batch durable. Nothing of a batch may be acted on,
-  answered or shown before `commit` has returned.
+* The newline commits a line, the checksum proves it, one fsync makes a batch durable. Nothing of a batch may be acted
+  on, answered or shown before `commit` has returned.
 * A power cut may keep any part of an unsynced batch, in any order. So a bad line may have good lines after it. Let g be
   the seq of the last good line (checksum right, seq one more than the line before). If any valid line further on says
   `durable` > g, then line g + 1 had been on disk and is gone: that is damage, and the run is quarantined. Otherwise
-  everything after g had never been promised: a torn tail. Creation makes line 1 durable before anybody hears of the run,
-  so a bad line 1 is always damage.
-* A failed fsync drops the dirty pages: a second fsync *succeeds* while the data is gone, even from another process. So a
-  file is never synced again after a failure, and a run that was live at the last stop is copied into a new inode before
-  anything is appended to it.
+  everything after g had never been promised: a torn tail. Creation makes line 1 durable before anybody hears of the
+  run, so a bad line 1 is always damage.
+* A failed fsync drops the dirty pages: a second fsync *succeeds* while the data is gone, even from another process. So
+  a file is never synced again after a failure, and a run that was live at the last stop is copied into a new inode
+  before anything is appended to it.
 * Nothing of an attempt exists on disk before its step_started is durable, so an attempt on disk that the log does not
   know means that the log has lost what it had promised.
 """
@@ -31,7 +31,7 @@ from contextlib import suppress
 from typing import BinaryIO
 
 from wfd import events
-from wfd.events import Event, InvalidEvent, Line
+from wfd.events import Event, InvalidEvent, Line, RunSubmitted
 from wfd.paths import Home, RunFiles, parse_attempt_name
 from wfd.state import Impossible, Run
 
@@ -39,6 +39,8 @@ from wfd.state import Impossible, Run
 _COPY_BYTES = 1 << 20
 # How much of the end of a log is looked at to find its last line. Only run_submitted is ever longer.
 _TAIL_BYTES = 4096
+# Reasons for a failed open that pass: no run is quarantined because of them.
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class Damaged(Exception):
@@ -80,12 +82,12 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 class Reading:
-    """The good lines of a log, in order; then `end` (the offset after the last of them) and `torn_bytes` (what is behind
-    it). Raises Damaged while iterating."""
+    """The good lines of a log, in order; then `end` (the offset after the last of them) and `torn_bytes` (what is
+    behind it). Raises Damaged while iterating."""
 
     def __init__(self, file: BinaryIO, run_id: str) -> None:
         self._file = file
@@ -123,7 +125,11 @@ class Reading:
             raise Damaged(self._run_id, "line 1 is not whole, though nobody heard of the run before it was durable")
         while raw:
             self.torn_bytes += len(raw)
-            if raw.endswith(b"\n") and events.checks(raw[:-1], self._seed):
+            if not raw.endswith(b"\n"):
+                # The end of the file. A writer may be adding the rest of this line right now, so we do not read on: the
+                # rest would look like a bad line, and the next line like the proof of damage.
+                return
+            if events.checks(raw[:-1], self._seed):
                 durable = _durable_of(raw[:-1])
                 if durable is None or durable > self.seq:
                     raise Damaged(
@@ -141,7 +147,8 @@ def _durable_of(body: bytes) -> int | None:
 
 
 def open_log(files: RunFiles, run_id: str) -> BinaryIO:
-    """The log, for reading. Raises FileNotFoundError when there is no such run, Damaged when it is no plain file."""
+    """The log, for reading. Raises FileNotFoundError when there is no such run, Damaged when it is no plain file, and
+    OSError when the system is short of descriptors or memory: that says nothing about the log."""
     try:
         # O_NONBLOCK: opening a FIFO that somebody put there must not wait for a writer.
         fd = os.open(files.events, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -150,6 +157,8 @@ def open_log(files: RunFiles, run_id: str) -> BinaryIO:
             raise Damaged(run_id, "it has no events.ndjson") from None
         raise
     except OSError as error:
+        if error.errno in _SHORTAGES:
+            raise
         raise Damaged(run_id, f"events.ndjson cannot be opened: {error.strerror}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -175,6 +184,16 @@ def _fold(file: BinaryIO, run_id: str) -> tuple[Run, Reading]:
     except Impossible as error:
         raise Damaged(run_id, f"line {reading.seq}: {error}") from None
     return run, reading
+
+
+def submitted(files: RunFiles, run_id: str) -> RunSubmitted:
+    """Line 1 of a log. Raises FileNotFoundError, Damaged."""
+    with open_log(files, run_id) as file:
+        for line in Reading(file, run_id):
+            if isinstance(line.event, RunSubmitted):
+                return line.event
+            break
+    raise Damaged(run_id, "line 1 is not run_submitted")
 
 
 def last_line(files: RunFiles, run_id: str) -> Line | None:
@@ -207,8 +226,8 @@ def offset_of(files: RunFiles, run_id: str, seq: int) -> int:
 
 
 def read_lines(files: RunFiles, run_id: str, offset: int, end: int, limit: int) -> bytes:
-    """Whole lines from `offset` on: about `limit` bytes of them, at least one, and none beyond `end`. Opened afresh each
-    time, since a recovery may have moved the log to a new inode (with the same bytes at the same places).
+    """Whole lines from `offset` on: about `limit` bytes of them, at least one, and none beyond `end`. Opened afresh
+    each time, since a recovery may have moved the log to a new inode (with the same bytes at the same places).
     Raises FileNotFoundError, Damaged."""
     with open_log(files, run_id) as file:
         file.seek(offset)
@@ -219,7 +238,7 @@ def read_lines(files: RunFiles, run_id: str, offset: int, end: int, limit: int) 
         return data if data.endswith(b"\n") else b""
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 class Journal:
@@ -274,7 +293,7 @@ class Journal:
         self.seq = self.durable
 
     def refold(self) -> Run:
-        """The state that the durable part of the log tells. Raises Damaged."""
+        """The state that the durable part of the log tells. Raises Damaged, OSError."""
         # Read from our own descriptor and no further: a batch that failed may still lie behind the durable part.
         run, reading = _fold(io.BytesIO(os.pread(self._fd, self.size, 0)), self.run_id)
         if reading.end != self.size:
@@ -350,8 +369,8 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
 def recover(home: Home, run_id: str) -> tuple[Journal, Run, int, str | None]:
     """Take over a log that an earlier session may have left in any state.
 
-    Returns the journal (on a new inode that ends behind the last good line), the state, how many torn bytes were cut off
-    and the name of the file that keeps them. Raises FileNotFoundError, Damaged, OSError. Doing it twice, or being
+    Returns the journal (on a new inode that ends behind the last good line), the state, how many torn bytes were cut
+    off and the name of the file that keeps them. Raises FileNotFoundError, Damaged, OSError. Doing it twice, or being
     killed in the middle of it, changes nothing."""
     files = home.run(run_id)
     run, reading = fold(files, run_id)
@@ -382,6 +401,8 @@ def _check_attempts(files: RunFiles, run: Run) -> None:
         # Somebody deleted it; what it held is gone, but the log is whole.
         os.mkdir(files.attempts, 0o700)
         return
+    except NotADirectoryError:
+        raise Damaged(run.run_id, "attempts is not a directory") from None
     for name in names:
         found = parse_attempt_name(name)
         if found is None:
@@ -419,6 +440,9 @@ def _copy_to_new_inode(files: RunFiles, source: int, size: int) -> int:
         sync_directory(files.directory)
     except OSError:
         os.close(fd)
+        # On a full disk the room is needed; after the rename there is nothing of this name.
+        with suppress(OSError):
+            os.unlink(temporary)
         raise
     return fd
 

@@ -22,7 +22,7 @@ MAX_SLUG_CHARS = 40
 
 # Lower case sorts alike on case-folding file systems; a leading dot or dash would hide it or read as an option.
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-RUN_ID_RULE = "1 to 100 of a-z 0-9 . _ -, starting with a letter or digit"
+RUN_ID_RULE = "1 to 100 of a-z 0-9 . _ -, starting with a letter or digit, not ending in a dot"
 
 
 def is_run_id(text: str) -> bool:

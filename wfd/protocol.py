@@ -14,7 +14,7 @@ Methods and params (all of params are required unless marked ?):
     list      {}                                           -> {"runs":[…]}     the live ones; the others are on disk
     cancel    {"run_id":…,"request":…}                     -> {"run_id":…,"state":…}
     retry     {"run_id":…,"request":…}                     -> {"run_id":…,"state":…}
-    watch     {"run_id":…,"from_seq":1}                    -> {"run_id":…,"state":…,"last_seq":…}, then event after event
+    watch     {"run_id":…,"from_seq":1}                    -> {"run_id":…,"state":…,"last_seq":…}, then the events
     shutdown  {"cancel_runs"?:false}                       -> {}               and the daemon ends
 
 A request that changes something carries an id that the client made (`run_id`, `request`), so that repeating it changes
@@ -129,7 +129,7 @@ def parse_request(line: bytes) -> Request:
         known = ", ".join(PARAMS)
         raise ProtocolError(METHOD_NOT_FOUND, f"no method {method!r}; there are {known}", None, request_id)
     problem = _params_problem(method, params)
-    if problem:
+    if problem or not isinstance(params, dict):
         raise ProtocolError(INVALID_PARAMS, f"{method}: {problem}", None, request_id)
     return Request(request_id, method, params)
 
@@ -156,7 +156,7 @@ _KIND_NAMES: dict[type, str] = {int: "a whole number", str: "a string", dict: "a
 def parse_message(line: bytes) -> dict[str, object]:
     """What a client hears: a reply or a notification. Raises ProtocolError when it is neither."""
     record = _parse(line)
-    if record.get("jsonrpc") != "2.0":
+    if record.get("jsonrpc") != "2.0" or record.keys().isdisjoint({"result", "error", "method"}):
         raise ProtocolError(INVALID_REQUEST, "the answer is not JSON-RPC 2.0")
     return record
 

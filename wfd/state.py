@@ -2,22 +2,22 @@
 
 Rules
 * `STEP_TRANSITIONS` and `RUN_TRANSITIONS` are the whole machine. A missing key is the error.
-* `apply` takes one line and changes the state, or raises Impossible and leaves the run unusable. It never looks at a
-  clock, a disk or a process: equal lines make equal states, in the daemon, in a client and in replay.
+* `apply` takes one line and changes the state, or raises Impossible and changes nothing. It never looks at a clock, a
+  disk or a process: equal lines make equal states, in the daemon, in a client and in replay.
 * A fact leaves work behind in `due`: the steps about which something must now be decided, in order. decide.py turns the
   head of that queue into a decision; applying the decision takes the head off and may put dependents on. So what is
   still owed after a crash in the middle of a batch is part of the state, and recovery needs no code of its own.
 
-How the work spreads: a step that SUCCEEDED counts down `waiting` of its dependents and puts those that reach 0 on `due`;
-one that FAILED or was SKIPPED puts its PENDING dependents there. A cancel, or the run's timeout, puts on all that have
-no process; a step with a process follows when its attempt is over. A step stands in `due` at most once.
+How the work spreads: a step that SUCCEEDED counts down `waiting` of its dependents and puts those that reach 0 on
+`due`; one that FAILED or was SKIPPED puts its PENDING dependents there. A cancel, or the run's timeout, puts all there
+that have no process; a step with a process follows when its attempt is over. A step stands in `due` at most once.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from enum import Enum
+from enum import StrEnum
 
 from wfd.definition import Step, Workflow
 from wfd.events import (
@@ -46,8 +46,11 @@ from wfd.events import (
 )
 
 
-class StepState(str, Enum):
+class StepState(StrEnum):
     """The seven states of a step."""
+
+    # Enum's own is a Python function, and the transition tables are looked into once or twice for each line of a log.
+    __hash__ = str.__hash__
 
     PENDING = "PENDING"
     READY = "READY"
@@ -58,8 +61,10 @@ class StepState(str, Enum):
     CANCELLED = "CANCELLED"
 
 
-class RunState(str, Enum):
+class RunState(StrEnum):
     """The states of a run."""
+
+    __hash__ = str.__hash__
 
     RUNNING = "RUNNING"
     CANCELLING = "CANCELLING"
@@ -110,6 +115,8 @@ RUN_TRANSITIONS: dict[tuple[RunState, type[Event]], tuple[RunState, ...]] = {
 # The end of an attempt: what decide.py settles a RUNNING step by.
 _ATTEMPT_ENDS = (AttemptExited, AttemptLost, AttemptNotStarted)
 _NEEDS_NO_PROCESS = frozenset({PENDING, READY})
+# Reasons for another try that use up no retry.
+_NO_FAILURE = frozenset({"lost", "never_began"})
 END_STATES = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})
 
 
@@ -128,10 +135,12 @@ class StepRecord:
     not_before_ms  mono_ms before which a READY step may not start; delay_ms: how that came about
     started_ms     mono_ms of the newest attempt's start; timed_out_ms: of its timeout, or None
     outcome        the fact that ended the newest attempt, until the step is settled
+    is_rebooted    the machine was booted anew since the newest attempt started
     """
 
     __slots__ = (
-        "attempt", "blocked_by", "delay_ms", "exit_code", "failures", "finished_at", "index", "is_due", "losses",
+        "attempt", "blocked_by", "delay_ms", "exit_code", "failures", "finished_at", "index", "is_due",
+        "is_rebooted", "losses",
         "not_before_ms", "outcome", "reason", "started_at", "started_ms", "state", "step", "timed_out_ms", "waiting",
     )  # fmt: skip
 
@@ -150,6 +159,7 @@ class StepRecord:
         self.timed_out_ms: int | None = None
         self.outcome: Fact | None = None
         self.is_due = False
+        self.is_rebooted = False
         self.exit_code: int | None = None
         self.reason: str | None = None
         self.started_at: str | None = None
@@ -160,6 +170,7 @@ class Run:
     """One run, as its log tells it. Made from line 1; then `apply` takes the lines in order.
 
     cause          seq of the newest fact or choice: what decisions now follow from
+    mono_ms        of the newest line that is known to be of the boot `boot_id`
     due            steps about which something must be decided, in order
     stop_ms        mono_ms of the first cancel or run timeout; from then on nothing starts
     elapsed_ms     awake time of the run before the boot that `origin_ms` belongs to
@@ -182,6 +193,7 @@ class Run:
         self.cause = 1
         self.origin_ms = self.mono_ms = line.mono_ms
         self.elapsed_ms = 0
+        self._is_recovering = False
         self.stop_ms: int | None = None
         self.timed_out = False
         self.steps = [StepRecord(index, step) for index, step in enumerate(self.workflow.steps)]
@@ -194,7 +206,7 @@ class Run:
         self.unfinished = len(self.steps)
         self.failed = 0
         self.running: dict[int, None] = {}
-        self.ready: dict[int, None] = {}
+        self._ready: deque[int] = deque()
         self._delayed: list[tuple[int, int]] = []
         for record in self.steps:
             if record.waiting == 0:
@@ -214,11 +226,14 @@ class Run:
     def startable(self, now_ms: int) -> int | None:
         """The first READY step whose back-off is over, or None. now_ms: the monotonic clock of this boot."""
         while self._delayed and self._delayed[0][0] <= now_ms:
-            not_before_ms, index = heapq.heappop(self._delayed)
-            record = self.steps[index]
-            if record.state is READY and record.not_before_ms == not_before_ms:
-                self.ready[index] = None
-        return next(iter(self.ready), None)
+            self._ready.append(heapq.heappop(self._delayed)[1])
+        # Both queues are only hints (a started step stays in them until it is met here): the record decides.
+        while self._ready:
+            record = self.steps[self._ready[0]]
+            if record.state is READY and record.not_before_ms <= now_ms:
+                return record.index
+            self._ready.popleft()
+        return None
 
     def has_free_slot(self) -> bool:
         """May one more step of this run be running?"""
@@ -276,7 +291,8 @@ class Run:
         else:
             self._apply_to_step(line, event, step_id)
         self.seq = line.seq
-        self.mono_ms = line.mono_ms
+        if not self._is_recovering:
+            self.mono_ms = line.mono_ms
 
     def _apply_to_step(self, line: Line, event: Event, step_id: str) -> None:
         index = self.index_of.get(step_id)
@@ -286,9 +302,10 @@ class Run:
         kind = type(event)
         after = STEP_TRANSITIONS.get((record.state, kind))
         if after is None or self.is_over:
-            raise Impossible(f"{event.name} of step {step_id!r}, which is {record.state.value} in a run that is {self.state.value}")
+            where = f"which is {record.state.value} in a run that is {self.state.value}"
+            raise Impossible(f"{event.name} of step {step_id!r}, {where}")
         if not isinstance(event, Decision):
-            _check_attempt(record, event)
+            _check_attempt(self, record, event)
             self.cause = line.seq
         elif not self.due or self.due[0] != index:
             raise Impossible(f"{event.name} of step {step_id!r} was not to be decided now")
@@ -304,11 +321,14 @@ class Run:
             raise Impossible(f"{event.name} in a run that is {self.state.value}")
         if isinstance(event, RunFinished):
             if self.unfinished or event.state not in after:
-                raise Impossible(f"run_finished {event.state} with {self.unfinished} unfinished steps, {self.state.value}")
+                where = f"with {self.unfinished} unfinished steps in a run that is {self.state.value}"
+                raise Impossible(f"run_finished {event.state} {where}")
             self.state, self.reason, self.finished_at = RunState(event.state), event.reason, line.at
             return
         self.state = after[0]
         if isinstance(event, LogRecovered):
+            # A new daemon wrote this, perhaps after a reboot, with another clock. Its supervisor_started will tell.
+            self._is_recovering = True
             return
         if isinstance(event, SupervisorStarted):
             self._new_session(line, event)
@@ -331,6 +351,7 @@ class Run:
                 self._put_on_due(record)
 
     def _new_session(self, line: Line, event: SupervisorStarted) -> None:
+        self._is_recovering = False
         if event.boot_id == self.boot_id:
             return
         # Another boot, another monotonic clock: what was waited before counts as far as the log saw it.
@@ -342,6 +363,7 @@ class Run:
         for record in self.steps:
             if record.state is RUNNING:
                 record.started_ms = line.mono_ms
+                record.is_rebooted = True
                 if record.timed_out_ms is not None:
                     record.timed_out_ms = line.mono_ms
             elif record.state is READY:
@@ -370,15 +392,13 @@ class Run:
     def _make_ready(self, record: StepRecord, now_ms: int, delay_ms: int) -> None:
         record.delay_ms, record.not_before_ms = delay_ms, now_ms + delay_ms
         if delay_ms:
-            self.ready.pop(record.index, None)
             heapq.heappush(self._delayed, (record.not_before_ms, record.index))
         else:
-            self.ready[record.index] = None
+            self._ready.append(record.index)
 
     def _finish_step(self, line: Line, record: StepRecord, reason: str | None) -> None:
         record.outcome, record.reason, record.finished_at = None, reason, line.at
         self.running.pop(record.index, None)
-        self.ready.pop(record.index, None)
         self.unfinished -= 1
 
     def _block_dependents(self, record: StepRecord) -> None:
@@ -389,7 +409,7 @@ class Run:
                 self._put_on_due(dependent)
 
 
-def _check_attempt(record: StepRecord, event: Event) -> None:
+def _check_attempt(run: Run, record: StepRecord, event: Event) -> None:
     attempt: int = event.attempt  # type: ignore[attr-defined]
     expected = record.attempt + 1 if isinstance(event, StepStarted) else record.attempt
     if attempt != expected:
@@ -398,6 +418,16 @@ def _check_attempt(record: StepRecord, event: Event) -> None:
         raise Impossible(f"{event.name} of step {record.step.id!r} after its attempt {attempt} had ended")
     if isinstance(event, AttemptTimedOut) and record.timed_out_ms is not None:
         raise Impossible(f"attempt {attempt} of step {record.step.id!r} timed out twice")
+    if isinstance(event, StepStarted) and run.is_stopping:
+        raise Impossible(f"step {record.step.id!r} starts after a cancel or the run's timeout")
+    if _says_we_ended_it(event) and run.ending_since_ms(record) is None:
+        raise Impossible(f"{event.name} of step {record.step.id!r} as if we had ended it, but nothing told us to")
+
+
+def _says_we_ended_it(event: Event) -> bool:
+    if isinstance(event, AttemptExited):
+        return event.exit_code is None
+    return isinstance(event, AttemptNotStarted) and event.why == "stopped"
 
 
 def _describe_step(record: StepRecord) -> dict[str, object]:
@@ -420,9 +450,9 @@ def _on_ready(run: Run, line: Line, record: StepRecord) -> None:
 
 
 def _on_started(run: Run, line: Line, record: StepRecord) -> None:
-    run.ready.pop(record.index, None)
     run.running[record.index] = None
     record.attempt += 1
+    record.is_rebooted = False
     record.started_ms, record.timed_out_ms, record.delay_ms = line.mono_ms, None, 0
     record.started_at, record.finished_at, record.exit_code, record.reason = line.at, None, None, None
 
@@ -435,8 +465,6 @@ def _on_attempt_end(run: Run, line: Line, record: StepRecord) -> None:
     event = line.event
     assert isinstance(event, _ATTEMPT_ENDS)
     if isinstance(event, AttemptExited):
-        if event.exit_code is None and run.ending_since_ms(record) is None:
-            raise Impossible(f"attempt_exited of step {record.step.id!r} without an exit code though nothing ended it")
         record.exit_code = event.exit_code
     record.outcome = event
     run._put_on_due(record)
@@ -451,10 +479,17 @@ def _on_succeeded(run: Run, line: Line, record: StepRecord) -> None:
             run._put_on_due(dependent)
 
 
+def _count(record: StepRecord, reason: str) -> None:
+    if reason in _NO_FAILURE:
+        record.losses += 1
+    else:
+        record.failures += 1
+
+
 def _on_failed(run: Run, line: Line, record: StepRecord) -> None:
     event = line.event
     assert isinstance(event, StepFailed)
-    record.failures += event.reason != "lost"
+    _count(record, event.reason)
     run.failed += 1
     run._finish_step(line, record, event.reason)
     run._block_dependents(record)
@@ -463,10 +498,7 @@ def _on_failed(run: Run, line: Line, record: StepRecord) -> None:
 def _on_retried(run: Run, line: Line, record: StepRecord) -> None:
     event = line.event
     assert isinstance(event, StepRetried)
-    if event.reason in ("lost", "never_began"):
-        record.losses += 1
-    else:
-        record.failures += 1
+    _count(record, event.reason)
     record.outcome, record.reason = None, event.reason
     run.running.pop(record.index, None)
     run._make_ready(record, line.mono_ms, event.delay_ms)

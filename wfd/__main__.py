@@ -1,0 +1,354 @@
+"""`python -m wfd`: flags, home, lock, sockets, readiness, signals; then the loop.
+
+Exit status: 0 it was asked to end, or had nothing to do for long enough · 2 usage · 4 it cannot start (the home is not
+usable, another daemon owns it).
+
+Environment: WFD_HOME, XDG_STATE_HOME (where the home is), XDG_RUNTIME_DIR (sockets of homes with long paths); from a
+service manager LISTEN_FDS and LISTEN_PID (socket activation), NOTIFY_SOCKET (readiness), WATCHDOG_USEC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import platform
+import resource
+import selectors
+import signal
+import socket
+import stat
+import sys
+import time
+from collections.abc import Callable
+
+from wfd import VERSION, machine
+from wfd.paths import Home, default_home, runtime_directory
+from wfd.protocol import PROTOCOL_MAX, PROTOCOL_MIN, request
+from wfd.supervisor import Supervisor, log, monotonic_ms, wall
+
+EXIT_CANNOT_START = 4
+# fds 8 and 9 are the shim's, 0 to 2 its standard ones: none of ours may lie there, or a DUP2 at a spawn would clobber it.
+_LOWEST_FD = 10
+# Steps spend most of their time waiting, so more of them than processors pay off.
+_PARALLEL_PER_CPU, _PARALLEL_MIN = 4, 32
+# Room for a thousand watchers beside the journals of live runs; no more, since some systems pay for what is allowed.
+_WANTED_DESCRIPTORS = 8_192
+# How long a service waits for the daemon that it replaces.
+_REPLACE_SEC = 10
+# The first descriptor that systemd passes (sd_listen_fds(3)).
+_LISTEN_FDS_START = 3
+
+
+class CannotStart(Exception):
+    """One sentence for the person who started it."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the daemon until it is asked to end. Returns the exit status."""
+    options = _parse(arguments)
+    handover = None if options.handover_fd is None else _move_up(options.handover_fd)
+    passed = [_move_up(fd) for fd in _passed_descriptors()]
+    _occupy_low_descriptors()
+    os.umask(0o077)
+    home = Home(options.home or default_home(os.environ, sys.platform, os.path.expanduser("~")))
+    try:
+        _prepare(home)
+        lock = _lock(home, options.replace)
+        try:
+            _serve(home, lock, options, handover, passed)
+        finally:
+            os.close(lock)
+    except CannotStart as error:
+        print(f"wfd: {error}", file=sys.stderr)
+        return EXIT_CANNOT_START
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="wfd",
+        description="The workflow daemon: owns the runs of one home. Usually wfctl starts it; a service manager may.",
+        epilog="Environment: WFD_HOME or XDG_STATE_HOME (where the home is), XDG_RUNTIME_DIR (sockets of homes with long "
+        "paths), LISTEN_FDS, NOTIFY_SOCKET, WATCHDOG_USEC (from a service manager).",
+    )
+    cpus = os.cpu_count() or 1
+    parser.add_argument("--home", type=_absolute, help="where runs are kept (default: $WFD_HOME or the platform's place)")
+    parser.add_argument(
+        "--max-parallel",
+        type=_positive,
+        default=max(_PARALLEL_MIN, _PARALLEL_PER_CPU * cpus),
+        metavar="N",
+        help="running steps, all runs together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--idle-exit-sec", type=_positive, metavar="N", help="end after so long without a run and without a client"
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="ask a running daemon of this home to end, and adopt its steps (services)"
+    )
+    parser.add_argument("--handover-fd", type=int, metavar="FD", help="a connected socket of the client that starts us")
+    parser.add_argument("--version", action="version", version=f"wfd {VERSION}")
+    return parser.parse_args(arguments)
+
+
+def _absolute(text: str) -> str:
+    if not text.startswith("/"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an absolute path")
+    return text.rstrip("/") or "/"
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+# -- descriptors --------------------------------------------------------------------------------------------------------
+
+
+def _move_up(fd: int) -> int:
+    """The same open file behind a descriptor that no spawn clobbers and no step inherits."""
+    try:
+        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _LOWEST_FD)
+    except OSError as error:
+        raise SystemExit(f"wfd: descriptor {fd} was promised and is not there: {error.strerror}") from None
+    os.close(fd)
+    return moved
+
+
+def _passed_descriptors() -> list[int]:
+    """What systemd's socket activation passed (sd_listen_fds(3))."""
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "0")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdigit():
+        return []
+    return list(range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)))
+
+
+def _occupy_low_descriptors() -> None:
+    null = fcntl.fcntl(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), fcntl.F_DUPFD_CLOEXEC, _LOWEST_FD)
+    for fd in range(_LOWEST_FD):
+        try:
+            os.fstat(fd)
+            if fd > 2:
+                os.dup2(null, fd, inheritable=False)
+        except OSError:
+            os.dup2(null, fd, inheritable=False)
+    os.dup2(null, 0, inheritable=False)
+    os.close(null)
+
+
+def _raise_descriptor_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _WANTED_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+# -- home and lock ------------------------------------------------------------------------------------------------------
+
+
+def _prepare(home: Home) -> None:
+    """The home's directories, private to us. Raises CannotStart."""
+    try:
+        os.makedirs(os.path.dirname(home.directory), exist_ok=True)
+        for directory in (home.directory, home.runs, home.live):
+            own_directory(directory)
+        os.chdir("/")
+    except OSError as error:
+        raise CannotStart(f"the home {home.directory} cannot be used: {error.strerror}") from None
+
+
+def own_directory(path: str) -> None:
+    """Make a directory that only we can enter, or check that it is one. Raises CannotStart, OSError."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        raise CannotStart(f"{path} is not a directory (a symbolic link is not followed here)")
+    if status.st_uid != os.geteuid():
+        raise CannotStart(f"{path} belongs to uid {status.st_uid}, not to us (uid {os.geteuid()})")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        if os.listdir(path):
+            raise CannotStart(f"{path} can be entered by others: chmod 700 it, if nothing else lives there")
+        os.chmod(path, 0o700)
+
+
+def _lock(home: Home, replace: bool) -> int:
+    """The home's lock: whoever holds it is its daemon. The file is never unlinked, or two could hold one each."""
+    fd = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    deadline = time.monotonic() + (_REPLACE_SEC if replace else 0)
+    asked = False
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(fd)
+                raise CannotStart(f"another daemon owns {home.directory}: see `wfctl daemon status`") from None
+        if not asked:
+            asked = True
+            _ask_to_end(home)
+        time.sleep(0.02)
+
+
+def _ask_to_end(home: Home) -> None:
+    """Its live steps go on and are adopted by us."""
+    try:
+        with open(home.lock, "rb") as file:
+            address = json.loads(file.read())["socket"]
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(_REPLACE_SEC)
+            client.connect(address)
+            client.sendall(request("shutdown", {}))
+            client.recv(1)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log(f"the daemon that owns the home does not answer: {error!r}")
+
+
+def _write_lock(lock: int, socket_path: str) -> None:
+    content = {
+        "pid": os.getpid(), "socket": socket_path, "version": VERSION,
+        "protocol_min": PROTOCOL_MIN, "protocol_max": PROTOCOL_MAX, "started_at": wall(),
+    }  # fmt: skip
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, json.dumps(content).encode() + b"\n", 0)
+
+
+# -- sockets ------------------------------------------------------------------------------------------------------------
+
+
+def _listen(home: Home, passed: list[int]) -> tuple[str, list[socket.socket], bool]:
+    """The home's own socket and those that a service manager passed; whether we have bound the home's own."""
+    runtime = runtime_directory(os.environ, os.geteuid())
+    path = home.socket(runtime)
+    if not path.startswith(home.directory + "/"):
+        own_directory(runtime)
+    listeners = [socket.socket(fileno=fd) for fd in passed]
+    if any(listener.getsockname() == path for listener in listeners):
+        return path, listeners, False
+    try:
+        # We hold the lock, so whoever listened here is gone.
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    listener = socket.socket(socket.AF_UNIX)
+    # bind makes the file with all bits that the umask leaves: 0600 from its first moment.
+    before = os.umask(0o177)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(before)
+    return path, [*listeners, listener], True
+
+
+# -- the service manager ------------------------------------------------------------------------------------------------
+
+
+def _notifier() -> tuple[Callable[[str], None], int | None]:
+    """How to tell the service manager something (sd_notify(3)), and how often it wants to hear that the loop turns (ms)."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    usec, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", str(os.getpid()))
+    if not address:
+        return lambda text: None, None
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def notify(text: str) -> None:
+        try:
+            sender.sendto(text.encode(), "\0" + address[1:] if address.startswith("@") else address)
+        except OSError as error:
+            log(f"the service manager cannot be told {text!r}: {error.strerror}")
+
+    # Half the interval, as sd_watchdog_enabled(3) advises.
+    return notify, int(usec) // 2000 if usec.isdigit() and pid == str(os.getpid()) else None
+
+
+# -- the loop -----------------------------------------------------------------------------------------------------------
+
+
+def _serve(home: Home, lock: int, options: argparse.Namespace, handover: int | None, passed: list[int]) -> None:
+    _raise_descriptor_limit()
+    try:
+        if not machine.inherits_locks(home.directory):
+            raise CannotStart(f"{home.directory} is on a file system whose locks do not pass to children (NFS?)")
+        boot_id = machine.boot_id()
+        path, listeners, is_bound = _listen(home, passed)
+        _write_lock(lock, path)
+    except OSError as error:
+        raise CannotStart(f"the home {home.directory} cannot be used: {error.strerror or error}") from None
+    selector = selectors.DefaultSelector()
+    supervisor = Supervisor(home, path, selector, boot_id, platform.node(), options.max_parallel)
+    _catch_signals(supervisor, selector)
+    for listener in listeners:
+        supervisor.server.listen(listener)
+    if handover is not None:
+        supervisor.server.welcome(socket.socket(fileno=handover))
+    supervisor.make_reserve()
+    supervisor.take_over_all()
+    notify, heartbeat_ms = _notifier()
+    notify("READY=1")
+    log(f"wfd {VERSION}, pid {os.getpid()}, owns {home.directory}, {len(supervisor.live)} live runs")
+    _loop(supervisor, options.idle_exit_sec, notify, heartbeat_ms)
+    notify("STOPPING=1")
+    supervisor.server.close_all()
+    if is_bound:
+        os.unlink(path)
+    log(f"pid {os.getpid()} ends; {supervisor.running} running steps go on")
+
+
+def _loop(
+    supervisor: Supervisor, idle_exit_sec: int | None, notify: Callable[[str], None], heartbeat_ms: int | None
+) -> None:
+    beat_at_ms = monotonic_ms()
+    idle_since_ms: int | None = None
+    while not supervisor.is_stopping and not (supervisor.is_draining and not supervisor.live):
+        now_ms = monotonic_ms()
+        deadlines = []
+        if heartbeat_ms is not None:
+            if now_ms >= beat_at_ms:
+                notify("WATCHDOG=1")
+                beat_at_ms = now_ms + heartbeat_ms
+            deadlines.append(beat_at_ms)
+        if idle_exit_sec is None or not supervisor.is_idle:
+            idle_since_ms = None
+        else:
+            idle_since_ms = now_ms if idle_since_ms is None else idle_since_ms
+            deadlines.append(idle_since_ms + idle_exit_sec * 1000)
+            if now_ms >= deadlines[-1]:
+                log(f"nothing to do for {idle_exit_sec} s")
+                return
+        supervisor.turn(min(deadlines, default=None))
+
+
+def _catch_signals(supervisor: Supervisor, selector: selectors.BaseSelector) -> None:
+    """A signal writes a byte into a socket that the selector watches, so none can fall between a check and the wait."""
+    reading, writing = socket.socketpair()
+    reading.setblocking(False)
+    writing.setblocking(False)
+    signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+
+    def stop(number: int, frame: object) -> None:
+        supervisor.is_stopping = True
+
+    def drain(_: socket.socket, mask: int) -> None:
+        try:
+            reading.recv(4096)
+        except BlockingIOError:
+            pass
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Keeps `writing` alive as long as the selector, with the function that reads its other end.
+    drain.__dict__["writing"] = writing
+    selector.register(reading, selectors.EVENT_READ, drain)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

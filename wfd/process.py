@@ -1,0 +1,466 @@
+"""One attempt of a step: the shim that keeps it, spawn, probe, signal, sweep, outcome.
+
+Theory: a lock is its life. Before an attempt's shim is spawned, the daemon opens the attempt's status file and takes
+`flock(LOCK_EX)` on it; the shim inherits that open file description as fd 9 and the daemon closes its own copy. The
+kernel drops the lock when the shim dies, whatever kills it, and however many daemons come and go meanwhile. Pids are
+only hints, for signals. Read the lock first, then the file:
+
+    lock   status file                meaning                        what follows
+    held   -                          alive                          wait for the lock, keep its deadlines
+    free   "exit N"                   ended while nobody looked      sweep its group, settle with N
+    free   pid, no exit, same boot    killed without a trace         kill its marked group members, then `lost`
+    free   pid, no exit, other boot   cannot know                    `lost`, no signal (the pid is somebody else's now)
+    free   no file, same boot         never spawned                  spawn (the supervisor acts from its state)
+    free   no pid, same boot          the shim died first            never began
+    free   no pid or file, other boot cannot know                    `lost`
+
+Rules
+* The daemon writes the first line of a status file itself. That takes the disk block that the shim's own two short lines
+  then fit into, so a disk that fills up meanwhile cannot swallow an exit status.
+* An attempt is over when its lock is free and its group has no live member. A group's number cannot be taken by a
+  stranger while it has a member or its leader is an unreaped zombie. So survivors are killed before the shim is reaped;
+  a group whose shim somebody else reaped is only touched where members carry this attempt's WFD_* environment.
+* A logged timeout or cancel decides the attempt: without an exit status it is then "exited, status unknown", never lost.
+* Output goes straight to a file, never through a pipe: a pipe dies with the daemon, and hangs on background children.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import resource
+import shlex
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from wfd import machine
+from wfd.paths import AttemptFiles
+
+# Portable to dash, bash, busybox, mksh, zsh and bash 3.2. $1 command, $2 directory, $3 umask, $4 our own `ulimit` calls.
+#  * Only TERM is trapped, the rest ignored: the shim must outlive the signals that end the command, to record its end.
+#  * `kill -- -$$`, not `kill 0`: if setsid had failed, group 0 would be the daemon's.
+#  * After a TERM the rest of the group keeps its grace; the daemon sweeps it.
+#  * fds 8 and 9 only: two-digit fds fail in dash, mksh and zsh. The shim's own stderr is /dev/null (dash reports
+#    "Terminated" there); the command's is fd 8.
+#  * WFD_T is in the reserved name space, so that a variable t of the step's environment is not overwritten.
+SHIM = """\
+WFD_T=; trap '' HUP INT QUIT TSTP TTIN TTOU; trap WFD_T=1 TERM
+echo "pid $$" >&9 || exit 125
+cd -- "$2" && umask "$3" || { echo "error cwd" >&9; exit 125; }
+(trap - HUP INT QUIT TERM TSTP TTIN TTOU; unset WFD_T; eval "$4"; exec /bin/sh -c "$1") 2>&8 8>&- 9>&-
+WFD_S=$?
+echo "exit $WFD_S" >&9 || exit "$WFD_S"
+[ "$WFD_T" ] || kill -s KILL -- -$$
+exit "$WFD_S"
+"""
+_SHELL = "/bin/sh"
+_STATUS_HEADER = b"status 1\n"
+# Linux refuses a single argument of 128 KiB (MAX_ARG_STRLEN); a longer command goes through a file.
+MAX_ARGUMENT_BYTES = 100_000
+# A status file holds three short lines. What is behind this is nonsense that somebody else wrote.
+_STATUS_BYTES = 4096
+# Output of one attempt beyond this is cut off: it is what a person could still read, times many.
+OUTPUT_LIMIT_BYTES = 64 << 20
+_OUTPUT_MARK = b"\n[wfd: the output grew beyond %d bytes; what came after was cut]\n"
+
+# An adopted attempt is not our child: nobody tells us of its end, so its lock is looked at so often.
+ADOPTED_POLL_MS = 50
+# The members of a killed group need a moment to go. Looked at quickly at first, then more slowly, but often enough that
+# its number cannot come round again between two looks (a pid space of 32,768 lasts longer than this).
+SWEEP_FIRST_MS, SWEEP_MAX_MS = 2, 100
+# From this delay on zombies are told from live members (a scan of all processes): PID 1 of a container may never reap.
+SWEEP_SCAN_FROM_MS = 8
+
+# The system is short of something: the attempt waits, and no new step starts meanwhile.
+_PASSING = frozenset(
+    {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EINTR}
+)
+_ULIMIT_LETTERS: dict[str, tuple[int, str, int]] = {
+    # name in environment.json: (resource, letter of ulimit, bytes in one unit of the letter)
+    "nofile": (resource.RLIMIT_NOFILE, "n", 1),
+    "core": (resource.RLIMIT_CORE, "c", 512),
+    "fsize": (resource.RLIMIT_FSIZE, "f", 512),
+    "cpu": (resource.RLIMIT_CPU, "t", 1),
+    "stack": (resource.RLIMIT_STACK, "s", 1024),
+    "data": (resource.RLIMIT_DATA, "d", 1024),
+    "as": (resource.RLIMIT_AS, "v", 1024),
+}
+# What service managers tell their own child must not reach a step, which would speak in the daemon's name.
+_SERVICE_VARIABLES = frozenset(
+    {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
+)
+_DEFAULT_SIGNALS = [number for number in signal.valid_signals() if number not in (signal.SIGKILL, signal.SIGSTOP)]
+
+
+class SpawnStalled(Exception):
+    """The system is short of something (processes, memory, descriptors, disk). Nothing was started; try again later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that one attempt is started with. environ: bytes to bytes, markers included."""
+
+    files: AttemptFiles
+    command: str
+    cwd: str
+    umask: int
+    limits: str
+    environ: Mapping[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the lock and the status file say. held: alive. pid: the shim's, and its group's number."""
+
+    held: bool
+    exists: bool
+    pid: int | None = None
+    exit_code: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What wait4 tells of an attempt. The peak is never lower than the daemon's own at the spawn (Linux keeps the
+    high-water mark of the shared memory across vfork and exec)."""
+
+    user_ms: int
+    system_ms: int
+    peak_rss_kib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended. kind: "exited" (exit_code None: status unknown), "lost" or "not_started" (both with why)."""
+
+    kind: str
+    exit_code: int | None = None
+    why: str = ""
+    detail: str = ""
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """A shim of ours that was reaped. code: its own status, negative for a signal."""
+
+    pid: int
+    code: int
+    usage: Usage
+
+
+# -- start --------------------------------------------------------------------------------------------------------------
+
+
+def start(launch: Launch) -> int | Outcome:
+    """Spawn the shim; its pid, or an Outcome when the attempt cannot be started at all (too long, no shell).
+
+    Raises SpawnStalled when the system is short of something, FileExistsError when the attempt has a status file already
+    (it was begun: probe it)."""
+    files = launch.files
+    try:
+        status = os.open(files.status, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        return _cannot_start(error)
+    try:
+        fcntl.flock(status, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(status, _STATUS_HEADER)
+        return _spawn(launch, status)
+    except OSError as error:
+        # Nothing was spawned: without its files the attempt is again one that nobody has begun.
+        for path in (files.status, files.out):
+            with suppress(OSError):
+                os.unlink(path)
+        return _cannot_start(error)
+    finally:
+        # Close, never LOCK_UN: unlocking would unlock the shim's copy too, close only drops ours.
+        os.close(status)
+
+
+def _spawn(launch: Launch, status: int) -> int:
+    files = launch.files
+    command = launch.command.encode("utf-8", "surrogateescape")
+    if len(command) > MAX_ARGUMENT_BYTES:
+        _write_script(files.script, command)
+        command = b". " + os.fsencode(shlex.quote(files.script))
+    elif command[:1] in b"-+":
+        # `sh -c -x` would take the command for an option.
+        command = b" " + command
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, files.out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+        (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+        (os.POSIX_SPAWN_DUP2, 1, 8),
+        (os.POSIX_SPAWN_DUP2, status, 9),
+    ]
+    cwd = launch.cwd.encode("utf-8", "surrogateescape")
+    arguments: list[bytes] = [b"sh", b"-c", SHIM.encode(), b"wfd-shim", command, cwd, b"%04o" % launch.umask]
+    return os.posix_spawn(
+        _SHELL,
+        [*arguments, launch.limits.encode()],
+        launch.environ,
+        file_actions=actions,
+        setsid=True,
+        setsigmask=[],
+        setsigdef=_DEFAULT_SIGNALS,
+    )
+
+
+def _cannot_start(error: OSError) -> Outcome:
+    if error.errno in _PASSING:
+        raise SpawnStalled(error.strerror or str(error)) from error
+    detail = "the command and its environment are too long" if error.errno == errno.E2BIG else str(error.strerror)
+    return Outcome("not_started", why="exec", detail=detail)
+
+
+def _write_script(path: str, command: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(command)
+
+
+def environment(*layers: Mapping[str, str]) -> dict[bytes, bytes]:
+    """The layers as one environment, later ones winning, without what a service manager told its own child."""
+    return {
+        name.encode("utf-8", "surrogateescape"): value.encode("utf-8", "surrogateescape")
+        for layer in layers
+        for name, value in layer.items()
+        if name not in _SERVICE_VARIABLES
+    }
+
+
+def markers(workflow_id: str, run_id: str, step_id: str, attempt: int) -> dict[bytes, bytes]:
+    """The WFD_* variables of an attempt: for the step to read, and for the daemon to know the attempt's processes by."""
+    return {
+        b"WFD_WORKFLOW_ID": workflow_id.encode(),
+        b"WFD_RUN_ID": run_id.encode(),
+        b"WFD_STEP_ID": step_id.encode(),
+        b"WFD_ATTEMPT": b"%d" % attempt,
+    }
+
+
+def limits(wanted: Mapping[str, int]) -> str:
+    """Shell text that sets the submitter's soft limits, where they differ from the daemon's own. -1: none."""
+    calls = []
+    for name, value in wanted.items():
+        if name not in _ULIMIT_LETTERS:
+            continue
+        number, letter, unit = _ULIMIT_LETTERS[name]
+        ours = resource.getrlimit(number)[0]
+        if value != (-1 if ours == resource.RLIM_INFINITY else ours):
+            calls.append(f"ulimit -S -{letter} {'unlimited' if value < 0 else value // unit} 2>/dev/null")
+    return "; ".join(calls)
+
+
+# -- probe --------------------------------------------------------------------------------------------------------------
+
+
+def probe(files: AttemptFiles) -> Status:
+    """Read the lock, then the file. Raises OSError when the system will not say (no descriptors, …)."""
+    try:
+        fd = os.open(files.status, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return Status(held=False, exists=False)
+    try:
+        try:
+            # Shared: two probers must not take each other for a living shim.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            held = False
+        except BlockingIOError:
+            held = True
+        return _parse_status(held, os.read(fd, _STATUS_BYTES))
+    finally:
+        os.close(fd)
+
+
+def _parse_status(held: bool, data: bytes) -> Status:
+    pid = exit_code = error = None
+    # Only newline-ended lines count: the last one may be half written.
+    for line in data.split(b"\n")[:-1]:
+        match = re.fullmatch(rb"(pid|exit|error) ([0-9]{1,10}|cwd)", line)
+        if match is None:
+            continue
+        word, value = match[1], match[2]
+        if word == b"pid" and value.isdigit() and int(value) > 1:
+            pid = int(value)
+        elif word == b"exit" and value.isdigit() and int(value) <= 255:
+            exit_code = int(value)
+        elif word == b"error" and value == b"cwd":
+            error = "cwd"
+    return Status(held, True, pid, exit_code, error)
+
+
+def outcome_of(status: Status, *, is_ending: bool, rebooted: bool, exit: Exit | None) -> Outcome:
+    """How the attempt ended whose lock is free. is_ending: a timeout or cancel is logged. exit: when we reaped it."""
+    usage = exit.usage if exit else None
+    if status.exit_code is not None:
+        return Outcome("exited", status.exit_code, usage=usage)
+    if status.error is not None:
+        return Outcome("not_started", why="cwd", detail="the working directory cannot be entered")
+    if status.pid is not None and exit is not None and exit.code >= 0:
+        # The shim could not write its last line, but we are its parent and were told.
+        return Outcome("exited", exit.code, usage=usage)
+    if is_ending:
+        if status.pid is not None or rebooted:
+            return Outcome("exited", None, usage=usage)
+        return Outcome("not_started", why="stopped", detail="it was ended before its command began")
+    if rebooted:
+        return Outcome("lost", why="rebooted")
+    if status.pid is None:
+        return Outcome("not_started", why="never_began", detail="its shell died before the command began")
+    return Outcome("lost", why="killed")
+
+
+# -- signal, sweep ------------------------------------------------------------------------------------------------------
+
+
+def signal_group(group: int, number: int) -> bool:
+    """Signal a whole group; False when it has no member left. TERM is followed by CONT, to reach stopped processes."""
+    try:
+        os.killpg(group, number)
+        if number == signal.SIGTERM:
+            os.killpg(group, signal.SIGCONT)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        # macOS answers so for a group of zombies; a member that changed its uid is beyond us on either system.
+        return False
+    return True
+
+
+def group_exists(group: int) -> bool:
+    """Has the group any member, zombies included?"""
+    return signal_group(group, 0)
+
+
+class Attempt:
+    """A process that this daemon has spawned or adopted, until the line that tells its end is durable.
+
+    pid        the shim's, and its group's number; None while an adopted shim has not written it yet
+    is_child   spawned by this daemon, which reaps it; else its lock is looked at
+    phase      "alive" (the lock is held), "sweeping" (the shim is gone, its group may have members), "over"
+    """
+
+    __slots__ = ("_delay_ms", "_marks", "exit", "files", "is_child", "is_term_sent", "number", "outcome", "phase", "pid",
+                 "since_ms")  # fmt: skip
+
+    def __init__(
+        self, number: int, files: AttemptFiles, marks: Mapping[bytes, bytes], pid: int | None, since_ms: int, is_child: bool
+    ) -> None:
+        self.number = number
+        self.files = files
+        self.pid = pid
+        self.since_ms = since_ms
+        self.is_child = is_child
+        self.phase = "alive"
+        self.is_term_sent = False
+        self.exit: Exit | None = None
+        self.outcome: Outcome | None = None
+        self._marks = marks
+        self._delay_ms = SWEEP_FIRST_MS
+
+    def signal(self, number: int) -> bool:
+        """Signal the group of a living attempt; False when that could not be done (any more, or yet). An unreaped child,
+        or a lock that is held, proves that the group's number is its own. Raises OSError."""
+        if self.phase != "alive":
+            return False
+        if not self.is_child:
+            status = probe(self.files)
+            self.pid = status.pid
+            if not status.held:
+                return False
+        return self.pid is not None and signal_group(self.pid, number)
+
+    def reaped(self, exit: Exit) -> None:
+        """Its shim, our child, is dead."""
+        self.exit = exit
+        self.phase = "sweeping"
+
+    def look(self, *, in_grace: bool) -> int | None:
+        """Has it ended? Kills what its dead shim has left behind, unless in_grace. Returns in how many ms to look again,
+        None when nothing of it is alive. Raises OSError."""
+        if self.phase == "alive":
+            status = probe(self.files)
+            self.pid = status.pid
+            if status.held:
+                return ADOPTED_POLL_MS
+            self.phase = "sweeping"
+        if self.pid is None or not group_exists(self.pid):
+            return None
+        if self.is_child and self._delay_ms < SWEEP_SCAN_FROM_MS:
+            members = [self.pid]
+        else:
+            members = machine.group_members(self.pid, None if self.is_child else self._marks)
+        if not members:
+            return None
+        if not in_grace and self.is_child:
+            signal_group(self.pid, signal.SIGKILL)
+        elif not in_grace:
+            for pid in members:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        delay_ms, self._delay_ms = self._delay_ms, min(self._delay_ms * 2, SWEEP_MAX_MS)
+        return delay_ms
+
+    def settle(self, *, is_ending: bool, rebooted: bool) -> None:
+        """It is over: find out how. Raises OSError."""
+        self.outcome = outcome_of(probe(self.files), is_ending=is_ending, rebooted=rebooted, exit=self.exit)
+        self.phase = "over"
+
+
+# -- children -----------------------------------------------------------------------------------------------------------
+
+
+def next_dead_child() -> int | None:
+    """The pid of a child that has ended and is still a zombie, holding its group's number. None: there is none, or the
+    system cannot show one without reaping it (macOS before Python 3.13 has no waitid)."""
+    if not hasattr(os, "waitid"):
+        return None
+    try:
+        info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    return info.si_pid if info else None
+
+
+def reap(pid: int = -1) -> Exit | None:
+    """Reap one child, `pid` or any that has ended. None when there is none."""
+    try:
+        pid, status, usage = os.wait4(pid, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if pid == 0:
+        return None
+    # ru_maxrss is in KiB on Linux, in bytes on macOS.
+    peak_kib = usage.ru_maxrss // 1024 if sys.platform == "darwin" else usage.ru_maxrss
+    milliseconds = round(usage.ru_utime * 1000), round(usage.ru_stime * 1000)
+    return Exit(pid, os.waitstatus_to_exitcode(status), Usage(*milliseconds, peak_kib))
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def trim_output(path: str, limit_bytes: int = OUTPUT_LIMIT_BYTES) -> bool:
+    """Cut an attempt's output back to the limit and mark it. O_APPEND lets the step go on writing at the new end."""
+    try:
+        if os.stat(path).st_size <= limit_bytes:
+            return False
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    mark = _OUTPUT_MARK % limit_bytes
+    try:
+        os.ftruncate(fd, limit_bytes - len(mark))
+        os.write(fd, mark)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True

@@ -1,0 +1,735 @@
+"""The loop. One process, one thread; it owns every run of its home, and is the file that knows all the others.
+
+    while running:
+        inputs = wait(until the next deadline)          # requests, dead children, timers: drain all of them
+        write events, deciding after each fact          # in memory only
+        commit: one write and one fsync per touched run # nothing is durable before, so nothing is done before
+        act from the state: spawn, signal; then reply; then feed the watchers
+
+Rules
+* Acting reads the *state*, not the event that changed it. RUNNING without a process is an ordinary state, and what a new
+  daemon finds after a crash is no special case: it folds the logs and enters the same loop. `changed` only says which
+  steps are worth a look, and timers only say when.
+* What the world told us (an attempt's end) is kept until the line that says so is durable, and is presented again after
+  a commit that failed. What a client asked for in such a batch is refused, and was never done.
+* A run whose commit or spawn failed stalls: no step of it starts, live ones are left alone, the reason is in its status,
+  and all is presented again every RETRY_MS.
+* A fault in one run (damage, a failed assertion) quarantines that run; the others go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import itertools
+import os
+import random
+import selectors
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+from wfd import VERSION, decide, journal, process, protocol, requests
+from wfd.events import (
+    DRAW_PPM,
+    FORMAT,
+    RULES,
+    AttemptExited,
+    AttemptLost,
+    AttemptNotStarted,
+    AttemptTimedOut,
+    Event,
+    Fact,
+    Line,
+    LogRecovered,
+    RunCancelRequested,
+    RunRetried,
+    RunSubmitted,
+    RunTimedOut,
+    StepStarted,
+    SupervisorStarted,
+)
+from wfd.journal import CommitFailed, Damaged, Journal
+from wfd.paths import Home, is_run_id
+from wfd.process import Attempt, Launch, Outcome, SpawnStalled
+from wfd.protocol import ProtocolError, Request
+from wfd.server import Connection, Server
+from wfd.state import READY, RUNNING, Impossible, Run, RunState, StepRecord
+from wfd.watchers import Batch, Watchers
+
+# How long a stalled run waits before it tries again.
+RETRY_MS = 1_000
+# How often the size of live attempts' output is looked at.
+OUTPUT_CHECK_MS = 1_000
+# Given up when the disk is full, so that a cancel can still be written.
+RESERVE_BYTES = 1 << 20
+# Timers of what has ended meanwhile are thrown out when there are this many more than after the last time.
+TIMERS_SLACK = 10_000
+
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class LiveRun:
+    """A run that is not over, and what the daemon holds for it beside its log.
+
+    attempts       by step index: what has a process, or had one until its end is durable
+    ended          those of them that are over
+    changed        steps to act on
+    slots          how many of its RUNNING steps the daemon-wide limit has counted
+    is_in_session  this daemon's session line is written; is_session_durable: and on disk
+    stalled        why nothing starts; retry_at_ms: when all is presented again
+    """
+
+    def __init__(self, run: Run, log: Journal, environment: requests.Environment) -> None:
+        self.run = run
+        self.journal = log
+        self.environ = process.environment(environment.env, run.workflow.env)
+        self.umask = environment.umask
+        self.limits = process.limits(environment.limits)
+        self.attempts: dict[int, Attempt] = {}
+        self.ended: dict[int, None] = {}
+        self.changed: dict[int, None] = {}
+        self.slots = 0
+        self.is_offered = False
+        self.is_in_session = self.is_session_durable = False
+        self.torn_bytes = 0
+        self.kept_as: str | None = None
+        self.stalled: str | None = None
+        self.is_spawn_stalled = False
+        self.retry_at_ms: int | None = None
+        self.cancel_request: str | None = None
+        self.retry_request: str | None = None
+
+
+_Reply = tuple[Connection, Request, LiveRun | None, Callable[[], dict[str, object]]]
+
+
+class Supervisor:
+    """All runs of one home."""
+
+    def __init__(
+        self, home: Home, socket_path: str, selector: selectors.BaseSelector, boot_id: str, host: str, max_parallel: int
+    ) -> None:
+        self.home = home
+        self.socket_path = socket_path
+        self.boot_id = boot_id
+        self.host = host
+        self.max_parallel = max_parallel
+        self.server = Server(selector, monotonic_ms)
+        self.server.on_line = self._on_line
+        self.watchers = Watchers(home, self.server)
+        self.server.on_room = self.watchers.wake
+        self.server.on_close = self.watchers.drop
+        self.live: dict[str, LiveRun] = {}
+        self.quarantined: dict[str, str] = {}
+        self.is_stopping = False
+        self.is_draining = False
+        self.now_ms, self.at = monotonic_ms(), wall()
+        self.started_ms = self.now_ms
+        self._selector = selector
+        self._running = 0
+        self._touched: dict[str, LiveRun] = {}
+        self._offers: deque[LiveRun] = deque()
+        self._children: dict[int, tuple[LiveRun, int, Attempt]] = {}
+        # (due_ms, serial, what to call, its arguments: none, a run, or a run with a step's index and attempt)
+        self._timers: list[tuple[int, int, Callable[..., None], tuple[object, ...]]] = []
+        self._timers_kept = 0
+        self._serial = itertools.count()
+        self._requests: deque[tuple[Connection, Request]] = deque()
+        self._replies: list[_Reply] = []
+        self._is_checking_outputs = False
+
+    # -- the turn -------------------------------------------------------------------------------------------------
+
+    def turn(self, until_ms: int | None) -> None:
+        """Wait for something to happen, at most until `until_ms` (monotonic), and do all that follows from it."""
+        self._wait(until_ms)
+        self.now_ms, self.at = monotonic_ms(), wall()
+        self._reap()
+        self._run_timers()
+        self.server.tick()
+        for live in list(self._touched.values()):
+            self._guard(live, self._record_ends)
+        while self._requests:
+            self._serve(*self._requests.popleft())
+        self._start_steps()
+        touched, self._touched = self._touched, {}
+        for live in touched.values():
+            self._guard(live, self._commit)
+            self._guard(live, self._act)
+            self._guard(live, self._let_go_if_over)
+        self._send_replies()
+        self.watchers.feed()
+
+    def _wait(self, until_ms: int | None) -> None:
+        if self._touched or self._requests or self.watchers.is_behind:
+            timeout: float | None = 0.0
+        else:
+            deadlines = [until_ms, self.server.deadline_ms(), self._timers[0][0] if self._timers else None]
+            due_ms = min((ms for ms in deadlines if ms is not None), default=None)
+            timeout = None if due_ms is None else max(0, due_ms - monotonic_ms()) / 1000
+        for key, mask in self._selector.select(timeout):
+            key.data(key.fileobj, mask)
+
+    @property
+    def is_idle(self) -> bool:
+        """Is there nothing to do and nobody to talk to?"""
+        return not (self.live or self.server.connections)
+
+    @property
+    def running(self) -> int:
+        """How many steps are running, all runs together."""
+        return self._running
+
+    def _at(self, due_ms: int, call: Callable[..., None], *arguments: object) -> None:
+        heapq.heappush(self._timers, (due_ms, next(self._serial), call, arguments))
+
+    def _run_timers(self) -> None:
+        while self._timers and self._timers[0][0] <= self.now_ms:
+            _, _, call, arguments = heapq.heappop(self._timers)
+            if not arguments:
+                call()
+            elif self._is_current(arguments):
+                self._guard(arguments[0], call, *arguments[1:])
+        if len(self._timers) > 2 * self._timers_kept + TIMERS_SLACK:
+            self._timers = [timer for timer in self._timers if self._is_current(timer[3])]
+            heapq.heapify(self._timers)
+            self._timers_kept = len(self._timers)
+
+    def _is_current(self, arguments: tuple[object, ...]) -> bool:
+        """Is what a timer is about still there?"""
+        if not arguments:
+            return True
+        live = arguments[0]
+        assert isinstance(live, LiveRun)
+        if self.live.get(live.run.run_id) is not live:
+            return False
+        return len(arguments) == 1 or live.attempts.get(arguments[1]) is arguments[2]  # type: ignore[call-overload]
+
+    def _guard(self, live: object, call: Callable[..., None], *arguments: object) -> None:
+        """One run's fault is not the others'."""
+        assert isinstance(live, LiveRun)
+        if self.live.get(live.run.run_id) is not live:
+            return
+        try:
+            call(live, *arguments)
+        except Damaged as error:
+            self.quarantine(live.run.run_id, error.why)
+        except (AssertionError, Impossible, KeyError, ValueError) as error:
+            self.quarantine(live.run.run_id, f"the daemon's own check failed: {error!r}")
+
+    def quarantine(self, run_id: str, why: str) -> None:
+        """Touch this run no more. Its live steps are left alone."""
+        log(f"run {run_id} is quarantined: {why}")
+        self.quarantined[run_id] = why
+        live = self.live.pop(run_id, None)
+        self._touched.pop(run_id, None)
+        if live is not None:
+            self._running -= live.slots
+            live.journal.close()
+            self.watchers.close_run(run_id)
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def _write(self, live: LiveRun, event: Event) -> None:
+        """One event, into the batch and into the state."""
+        live.run.apply(live.journal.append(event, self.at, self.now_ms))
+        step_id = getattr(event, "step", None)
+        if step_id is not None:
+            live.changed[live.run.index_of[step_id]] = None
+        self._touched[live.run.run_id] = live
+
+    def write_fact(self, live: LiveRun, fact: Fact) -> None:
+        """A fact, and all that follows from it."""
+        self._write(live, fact)
+        if isinstance(fact, (RunCancelRequested, RunTimedOut)):
+            live.changed.update(live.run.running)
+        self._decide(live)
+
+    def _decide(self, live: LiveRun) -> None:
+        while (decision := decide.next_decision(live.run)) is not None:
+            self._write(live, decision)
+
+    def _begin_session(self, live: LiveRun) -> None:
+        """What a daemon writes into a run that it takes over: the repair, the decisions still owed, a person's retry, and
+        itself."""
+        live.is_in_session = True
+        if live.torn_bytes or decide.next_decision(live.run) is not None:
+            self._write(live, LogRecovered(live.torn_bytes, live.kept_as))
+            self._decide(live)
+        if live.retry_request is not None and live.run.is_over:
+            self.write_fact(live, RunRetried(live.retry_request))
+        if not live.run.is_over:
+            self._write(live, SupervisorStarted(FORMAT, RULES, VERSION, self.boot_id, self.host))
+
+    def cancel(self, live: LiveRun, request: str) -> None:
+        """Write a cancel, unless the run is being cancelled already or is over."""
+        if live.run.state is RunState.RUNNING:
+            live.cancel_request = request
+            if not live.is_in_session:
+                self._begin_session(live)
+            self.write_fact(live, RunCancelRequested(request))
+
+    def _commit(self, live: LiveRun) -> None:
+        if not live.journal.has_pending:
+            return
+        try:
+            self._commit_batch(live)
+        except CommitFailed as error:
+            self._after_failed_commit(live, error)
+        live.cancel_request = live.retry_request = None
+        slots = len(live.run.running)
+        self._running += slots - live.slots
+        live.slots = slots
+
+    def _commit_batch(self, live: LiveRun) -> None:
+        start = live.journal.size
+        batch = live.journal.commit()
+        live.is_session_durable = live.is_in_session
+        for index in [index for index in live.ended if _is_settled(live, index)]:
+            del live.ended[index], live.attempts[index]
+        if live.is_session_durable:
+            live.torn_bytes, live.kept_as = 0, None
+        if live.stalled is not None and not live.is_spawn_stalled and live.retry_at_ms is None:
+            live.stalled = None
+            self.make_reserve()
+        self.watchers.committed(Batch(live.run.run_id, start, batch))
+
+    def _after_failed_commit(self, live: LiveRun, error: CommitFailed) -> None:
+        """The batch is gone: take the state from the disk. A cancel gets a second try in the room of the reserve."""
+        request = live.cancel_request
+        self._refold(live)
+        if request is not None and error.errno in _DISK_FULL and self._give_up_reserve():
+            self.cancel(live, request)
+            try:
+                self._commit_batch(live)
+                return
+            except CommitFailed as again:
+                error = again
+                self._refold(live)
+        self._stall(live, f"its log cannot be written: {error}")
+
+    def _refold(self, live: LiveRun) -> None:
+        live.run = live.journal.refold()
+        live.is_in_session = live.is_session_durable
+
+    # -- stalls ---------------------------------------------------------------------------------------------------
+
+    def _stall(self, live: LiveRun, why: str) -> None:
+        if live.stalled != why:
+            log(f"run {live.run.run_id} is stalled: {why}")
+        live.stalled = why
+        if live.retry_at_ms is None:
+            live.retry_at_ms = self.now_ms + RETRY_MS
+            self._at(live.retry_at_ms, self._present_again, live)
+
+    def _present_again(self, live: LiveRun) -> None:
+        """Present everything again, from the state: ends, deadlines, steps that have no process."""
+        live.retry_at_ms = None
+        self._touched[live.run.run_id] = live
+        if not live.is_in_session:
+            self._begin_session(live)
+        self._look_at_all(live)
+
+    def _look_at_all(self, live: LiveRun) -> None:
+        live.changed.update(dict.fromkeys(range(len(live.run.steps))))
+        self.arm_run(live)
+        self._offer(live)
+
+    def make_reserve(self) -> None:
+        """The file that is given up when the disk is full. It must really take its room, so it holds no holes."""
+        with suppress(OSError):
+            if not os.path.exists(self.home.reserve):
+                fd = os.open(self.home.reserve, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                with open(fd, "wb") as file:
+                    file.write(b"\1" * RESERVE_BYTES)
+
+    def _give_up_reserve(self) -> bool:
+        try:
+            os.unlink(self.home.reserve)
+        except OSError:
+            return False
+        return True
+
+    # -- runs come and go -----------------------------------------------------------------------------------------
+
+    def take_over_all(self) -> None:
+        """Fold every run that may be unfinished."""
+        for run_id in sorted(os.listdir(self.home.live)):
+            if not is_run_id(run_id):
+                continue
+            if os.path.lexists(self.home.run(run_id).directory):
+                self._try_take_over(run_id)
+            else:
+                # The crash came between the marker and the run: nobody was told of it.
+                journal.unmark_live(self.home, run_id)
+
+    def _try_take_over(self, run_id: str) -> None:
+        if run_id in self.live:
+            return
+        with suppress(Damaged):
+            try:
+                self.take_over(run_id)
+            except OSError as error:
+                log(f"run {run_id} cannot be taken over yet: {error.strerror or error}")
+                self._at(self.now_ms + RETRY_MS, lambda: self._try_take_over(run_id))
+
+    def take_over(self, run_id: str, retry_request: str | None = None) -> LiveRun:
+        """Own a run that is on disk. One that is over is let go again at the end of the turn, unless a person retries it.
+        Raises Damaged (then it is quarantined), OSError."""
+        try:
+            log_, run, torn_bytes, kept_as = journal.recover(self.home, run_id)
+            live = LiveRun(run, log_, requests.load_environment(self.home.run(run_id), run_id))
+        except Damaged as error:
+            self.quarantine(run_id, error.why)
+            raise
+        live.torn_bytes, live.kept_as, live.retry_request = torn_bytes, kept_as, retry_request
+        self.quarantined.pop(run_id, None)
+        self._own(live)
+        for index in list(run.running):
+            record = run.steps[index]
+            self._adopt(live, record, record.is_rebooted or run.boot_id != self.boot_id)
+        self._begin_session(live)
+        self._look_at_all(live)
+        return live
+
+    def create(self, submitted: RunSubmitted, environment: requests.Environment) -> None:
+        """A new run, durable on return. Raises OSError; then nothing of it is left."""
+        run_id = submitted.run_id
+        log_ = journal.create(self.home, run_id, submitted, environment.encode(), self.at, self.now_ms)
+        live = LiveRun(Run(Line(1, self.at, self.now_ms, 0, submitted)), log_, environment)
+        self._own(live)
+        self._decide(live)
+        self._begin_session(live)
+        self.arm_run(live)
+
+    def _own(self, live: LiveRun) -> None:
+        self.live[live.run.run_id] = self._touched[live.run.run_id] = live
+
+    def _let_go_if_over(self, live: LiveRun) -> None:
+        """The run's end is durable: its marker may go, and it costs the daemon nothing more."""
+        if not live.run.is_over or live.journal.has_pending:
+            return
+        with suppress(OSError):
+            journal.unmark_live(self.home, live.run.run_id)
+        del self.live[live.run.run_id]
+        live.journal.close()
+
+    def arm_run(self, live: LiveRun) -> None:
+        """Wake up when the run's own timeout passes."""
+        deadline_ms = live.run.deadline_ms()
+        if deadline_ms is not None:
+            self._at(deadline_ms, self._run_deadline, live)
+
+    def _run_deadline(self, live: LiveRun) -> None:
+        deadline_ms = live.run.deadline_ms()
+        if deadline_ms is not None and deadline_ms <= self.now_ms and live.retry_at_ms is None:
+            self.write_fact(live, RunTimedOut())
+
+    # -- starting -------------------------------------------------------------------------------------------------
+
+    def _offer(self, live: LiveRun) -> None:
+        """The run may have something to start: let it have its turn."""
+        if not live.is_offered:
+            live.is_offered = True
+            self._offers.append(live)
+
+    def _start_steps(self) -> None:
+        """Share out the free slots, one step to each run in turn."""
+        for live in self._touched.values():
+            self._offer(live)
+        running = self._running + sum(len(live.run.running) - live.slots for live in self._touched.values())
+        while self._offers and running < self.max_parallel:
+            live = self._offers.popleft()
+            index = self._startable(live)
+            if index is None:
+                live.is_offered = False
+                continue
+            record = live.run.steps[index]
+            self._write(live, StepStarted(record.step.id, record.attempt + 1))
+            running += 1
+            self._offers.append(live)
+
+    def _startable(self, live: LiveRun) -> int | None:
+        run = live.run
+        if self.live.get(run.run_id) is not live or self.is_stopping:
+            return None
+        if live.retry_at_ms is not None or live.is_spawn_stalled or not live.is_in_session:
+            return None
+        if run.is_stopping or not run.has_free_slot():
+            return None
+        return run.startable(self.now_ms)
+
+    def _wake(self, live: LiveRun) -> None:
+        """A back-off is over."""
+        self._touched[live.run.run_id] = live
+
+    # -- acting ---------------------------------------------------------------------------------------------------
+
+    def _act(self, live: LiveRun) -> None:
+        """Make the world fit the durable state."""
+        changed, live.changed = live.changed, {}
+        for index in changed:
+            record = live.run.steps[index]
+            if record.state is RUNNING:
+                self._act_on_running(live, record)
+            elif record.state is READY and record.delay_ms:
+                self._at(record.not_before_ms, self._wake, live)
+
+    def _act_on_running(self, live: LiveRun, record: StepRecord) -> None:
+        attempt = live.attempts.get(record.index)
+        ending_ms = live.run.ending_since_ms(record)
+        if attempt is None and ending_ms is None:
+            self._launch(live, record)
+        elif attempt is None:
+            never = self._attempt(live, record, None, is_child=True)
+            never.outcome = Outcome("not_started", why="stopped", detail="it was ended before its command began")
+            self._over(live, record, never)
+        elif attempt.phase == "alive" and ending_ms is not None:
+            self._end(live, record, attempt, ending_ms)
+        elif attempt.phase == "alive":
+            self._arm_attempt(live, record, attempt)
+
+    def _launch(self, live: LiveRun, record: StepRecord) -> None:
+        """Give a RUNNING step its process."""
+        if live.retry_at_ms is not None:
+            return
+        run, step = live.run, record.step
+        environ = live.environ | process.environment(step.env) | self._marks(live, record)
+        files = live.journal.files.attempt(record.index + 1, step.id, record.attempt)
+        launch = Launch(files, step.command, step.cwd or run.workflow.cwd or run.cwd, live.umask, live.limits, environ)
+        try:
+            begun = process.start(launch)
+        except FileExistsError:
+            self._adopt(live, record, record.is_rebooted)
+            return
+        except SpawnStalled as error:
+            live.is_spawn_stalled = True
+            self._stall(live, f"step {step.id!r} cannot be started: {error}")
+            return
+        if live.is_spawn_stalled:
+            live.is_spawn_stalled, live.stalled = False, None
+            self._touched[run.run_id] = live
+        if isinstance(begun, Outcome):
+            failed = self._attempt(live, record, None, is_child=True)
+            failed.outcome = begun
+            self._over(live, record, failed)
+            return
+        attempt = self._attempt(live, record, begun, is_child=True)
+        self._children[begun] = (live, record.index, attempt)
+        self._arm_attempt(live, record, attempt)
+        if not self._is_checking_outputs:
+            self._is_checking_outputs = True
+            self._at(self.now_ms + OUTPUT_CHECK_MS, self._check_outputs)
+
+    def _marks(self, live: LiveRun, record: StepRecord) -> dict[bytes, bytes]:
+        return process.markers(live.run.workflow.workflow_id, live.run.run_id, record.step.id, record.attempt)
+
+    def _attempt(self, live: LiveRun, record: StepRecord, pid: int | None, *, is_child: bool) -> Attempt:
+        files = live.journal.files.attempt(record.index + 1, record.step.id, record.attempt)
+        # A spawn may have waited long for a slot of the system: the timeout counts from when the command could begin.
+        since_ms = self.now_ms if is_child else record.started_ms
+        attempt = Attempt(record.attempt, files, self._marks(live, record), pid, since_ms, is_child)
+        live.attempts[record.index] = attempt
+        return attempt
+
+    def _adopt(self, live: LiveRun, record: StepRecord, rebooted: bool) -> None:
+        """Take over an attempt that an earlier daemon had started, by the table of process.py."""
+        files = live.journal.files.attempt(record.index + 1, record.step.id, record.attempt)
+        status = process.probe(files)
+        if not status.exists and not rebooted:
+            return
+        attempt = self._attempt(live, record, status.pid, is_child=False)
+        if rebooted:
+            attempt.settle(is_ending=live.run.ending_since_ms(record) is not None, rebooted=True)
+            self._over(live, record, attempt)
+        else:
+            self._at(self.now_ms, self._look, live, record.index, attempt)
+
+    # -- deadlines and signals ------------------------------------------------------------------------------------
+
+    def _arm_attempt(self, live: LiveRun, record: StepRecord, attempt: Attempt) -> None:
+        if record.step.timeout_ms is not None:
+            self._at(attempt.since_ms + record.step.timeout_ms, self._attempt_deadline, live, record.index, attempt)
+
+    def _attempt_deadline(self, live: LiveRun, index: int, attempt: Attempt) -> None:
+        record = live.run.steps[index]
+        deadline_ms = live.run.attempt_deadline_ms(record)
+        if attempt.phase != "alive" or live.retry_at_ms is not None:
+            return
+        if deadline_ms is not None and deadline_ms <= self.now_ms:
+            self.write_fact(live, AttemptTimedOut(record.step.id, attempt.number))
+
+    def _end(self, live: LiveRun, record: StepRecord, attempt: Attempt, since_ms: int) -> None:
+        """TERM now, KILL when the grace is over."""
+        kill_at_ms = since_ms + record.step.grace_ms
+        next_ms = kill_at_ms
+        try:
+            if self.now_ms >= kill_at_ms:
+                attempt.signal(signal.SIGKILL)
+                next_ms = self.now_ms + RETRY_MS
+            elif not attempt.is_term_sent:
+                attempt.is_term_sent = attempt.signal(signal.SIGTERM)
+                # An adopted shim that has not written its pid yet cannot be signalled yet.
+                next_ms = kill_at_ms if attempt.is_term_sent else self.now_ms + process.ADOPTED_POLL_MS
+        except OSError as error:
+            log(f"run {live.run.run_id}, step {record.step.id!r} cannot be signalled: {error}")
+            next_ms = self.now_ms + RETRY_MS
+        self._at(min(next_ms, max(kill_at_ms, self.now_ms + RETRY_MS)), self._end_later, live, record.index, attempt)
+
+    def _end_later(self, live: LiveRun, index: int, attempt: Attempt) -> None:
+        if attempt.phase == "alive":
+            live.changed[index] = None
+            self._touched[live.run.run_id] = live
+
+    # -- the end of an attempt ------------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        can_peek = hasattr(os, "waitid")
+        while True:
+            pid = process.next_dead_child()
+            if pid is None and can_peek:
+                return
+            if pid is not None:
+                self._kill_survivors_of(pid)
+            exit_ = process.reap(pid if pid is not None else -1)
+            if exit_ is None:
+                return
+            live, index, attempt = self._children.pop(exit_.pid, (None, -1, None))
+            if live is not None and attempt is not None:
+                attempt.reaped(exit_)
+                if live.attempts.get(index) is attempt:
+                    self._guard(live, self._look, index, attempt)
+
+    def _kill_survivors_of(self, pid: int) -> None:
+        """While the dead shim is a zombie, its group's number is its own."""
+        live, index, _ = self._children.get(pid, (None, -1, None))
+        if live is not None and not self._is_in_grace(live, live.run.steps[index]):
+            process.signal_group(pid, signal.SIGKILL)
+
+    def _is_in_grace(self, live: LiveRun, record: StepRecord) -> bool:
+        ending_ms = live.run.ending_since_ms(record)
+        return ending_ms is not None and self.now_ms < ending_ms + record.step.grace_ms
+
+    def _look(self, live: LiveRun, index: int, attempt: Attempt) -> None:
+        """Look at an attempt that nobody reports on: an adopted one, or the group that a dead shim has left."""
+        if attempt.phase == "over":
+            return
+        record = live.run.steps[index]
+        try:
+            again_ms = attempt.look(in_grace=self._is_in_grace(live, record))
+            if again_ms is None:
+                attempt.settle(is_ending=live.run.ending_since_ms(record) is not None, rebooted=False)
+                self._over(live, record, attempt)
+                return
+        except OSError as error:
+            log(f"run {live.run.run_id}, step {record.step.id!r} cannot be looked at: {error}")
+            again_ms = RETRY_MS
+        self._at(self.now_ms + again_ms, self._look, live, index, attempt)
+
+    def _over(self, live: LiveRun, record: StepRecord, attempt: Attempt) -> None:
+        attempt.phase = "over"
+        live.ended[record.index] = None
+        self._touched[live.run.run_id] = live
+
+    def _record_ends(self, live: LiveRun) -> None:
+        """Write the facts of the attempts that are over. They stay in `ended` until that is durable."""
+        if live.retry_at_ms is not None or not live.is_in_session:
+            return
+        for index in live.ended:
+            record, attempt = live.run.steps[index], live.attempts[index]
+            assert record.state is RUNNING and record.attempt == attempt.number and attempt.outcome is not None
+            self.write_fact(live, _fact_of(record, attempt.outcome))
+
+    def _check_outputs(self) -> None:
+        """Hold the outputs of live attempts to their limit."""
+        self._is_checking_outputs = False
+        for live in self.live.values():
+            for index, attempt in live.attempts.items():
+                self._is_checking_outputs = True
+                if process.trim_output(attempt.files.out):
+                    log(f"run {live.run.run_id}, step {live.run.steps[index].step.id!r}: the output was cut")
+        if self._is_checking_outputs:
+            self._at(self.now_ms + OUTPUT_CHECK_MS, self._check_outputs)
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def _on_line(self, connection: Connection, line: bytes) -> None:
+        try:
+            self._requests.append((connection, protocol.parse_request(line)))
+        except ProtocolError as problem:
+            self.server.answer(connection, protocol.error(problem.request_id, problem))
+
+    def _serve(self, connection: Connection, request: Request) -> None:
+        """Carry a request out in memory; its answer goes out when what it has changed is durable."""
+        try:
+            live, build = requests.METHODS[request.method](self, connection, request.params)
+            self._replies.append((connection, request, live, build))
+        except ProtocolError as problem:
+            self._refuse(connection, request, problem)
+        except Damaged as error:
+            self._refuse(connection, request, ProtocolError(protocol.DAMAGED, str(error)))
+        except OSError as error:
+            why = f"the system refuses: {error.strerror or error}"
+            self._refuse(connection, request, ProtocolError(protocol.STALLED, why))
+        except (AssertionError, Impossible, KeyError, ValueError) as error:
+            log(f"request {request.method} failed: {error!r}")
+            self._refuse(connection, request, ProtocolError(protocol.INTERNAL_ERROR, f"the daemon failed: {error!r}"))
+
+    def _send_replies(self) -> None:
+        replies, self._replies = self._replies, []
+        for connection, request, live, build in replies:
+            run_id = live.run.run_id if live is not None else ""
+            if live is not None and live.retry_at_ms is not None:
+                why = f"run {run_id} is stalled, nothing was changed: {live.stalled}"
+                self._refuse(connection, request, ProtocolError(protocol.STALLED, why))
+            elif run_id in self.quarantined:
+                self._refuse(connection, request, ProtocolError(protocol.DAMAGED, self.quarantined[run_id]))
+            else:
+                data = protocol.result(request.id, build()) if request.id is not None else b""
+                self.server.answer(connection, data)
+
+    def _refuse(self, connection: Connection, request: Request, problem: ProtocolError) -> None:
+        self.server.answer(connection, protocol.error(request.id, problem) if request.id is not None else b"")
+
+
+def _is_settled(live: LiveRun, index: int) -> bool:
+    """Has the state taken in how this step's attempt ended?"""
+    record = live.run.steps[index]
+    return record.state is not RUNNING or record.attempt != live.attempts[index].number
+
+
+def _fact_of(record: StepRecord, outcome: Outcome) -> Fact:
+    step, number = record.step, record.attempt
+    draw_ppm = random.randrange(DRAW_PPM) if step.backoff.jitter_permille else None
+    if outcome.kind == "lost":
+        return AttemptLost(step.id, number, outcome.why)
+    if outcome.kind == "not_started":
+        return AttemptNotStarted(step.id, number, outcome.why, outcome.detail, draw_ppm)
+    usage = outcome.usage
+    if usage is None:
+        return AttemptExited(step.id, number, outcome.exit_code, draw_ppm)
+    return AttemptExited(
+        step.id, number, outcome.exit_code, draw_ppm, usage.user_ms, usage.system_ms, usage.peak_rss_kib
+    )
+
+
+def monotonic_ms() -> int:
+    """Awake time since some moment of this boot. Linux and macOS give all processes of one boot the same."""
+    return time.monotonic_ns() // 1_000_000
+
+
+def wall() -> str:
+    """The time of day, for people: RFC 3339, UTC, microseconds."""
+    nanoseconds = time.time_ns()
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 1_000_000_000))
+    return f"{seconds}.{nanoseconds // 1000 % 1_000_000:06d}Z"
+
+
+def log(text: str) -> None:
+    """A line in the daemon's own log (its stderr)."""
+    with suppress(OSError):
+        print(wall(), text, file=sys.stderr, flush=True)

@@ -1,0 +1,124 @@
+"""Who watches which run, and how far each has come.
+
+A watcher's place is an offset in the log, so it can be anywhere: far behind, it reads its history from the file in pieces,
+in turn with everybody else; caught up, it gets each committed batch from memory, framed once for all. Only durable bytes
+are sent. A watcher that does not read costs one outbox and a number; the server drops it in the end, and it comes back
+with the seq that it had reached.
+"""
+
+from __future__ import annotations
+
+from wfd import journal, protocol
+from wfd.journal import Damaged
+from wfd.paths import Home
+from wfd.server import Connection, Server
+
+# A watcher that is behind reads its history in pieces of this size.
+FEED_BYTES = 256 << 10
+
+
+class Batch:
+    """The newest committed bytes of a run's log, and where they begin; framed when the first watcher wants them."""
+
+    __slots__ = ("_frames", "data", "run_id", "start")
+
+    def __init__(self, run_id: str, start: int, data: bytes) -> None:
+        self.run_id = run_id
+        self.start = start
+        self.data = data
+        self._frames: bytes | None = None
+
+    def frames(self) -> bytes:
+        if self._frames is None:
+            self._frames = frames_of(self.run_id, self.data)
+        return self._frames
+
+
+class _Place:
+    __slots__ = ("end", "offset", "run_id")
+
+    def __init__(self, run_id: str, offset: int, end: int) -> None:
+        self.run_id = run_id
+        self.offset = offset
+        self.end = end
+
+
+class Watchers:
+    """All watchers of the daemon."""
+
+    def __init__(self, home: Home, server: Server) -> None:
+        self._home = home
+        self._server = server
+        self._places: dict[Connection, _Place] = {}
+        self._by_run: dict[str, dict[Connection, None]] = {}
+        self._hungry: dict[Connection, None] = {}
+
+    def add(self, connection: Connection, run_id: str, offset: int, end: int) -> None:
+        """Send this connection the run's log from `offset` on; `end` bytes of it are durable now."""
+        self.drop(connection)
+        self._places[connection] = _Place(run_id, min(offset, end), end)
+        self._by_run.setdefault(run_id, {})[connection] = None
+        self.wake(connection)
+
+    def drop(self, connection: Connection) -> None:
+        """This connection watches no more."""
+        place = self._places.pop(connection, None)
+        self._hungry.pop(connection, None)
+        if place is not None:
+            watchers = self._by_run[place.run_id]
+            del watchers[connection]
+            if not watchers:
+                del self._by_run[place.run_id]
+
+    def wake(self, connection: Connection) -> None:
+        """There may be room in its outbox, or something new for it."""
+        if connection in self._places:
+            self._hungry[connection] = None
+
+    def committed(self, batch: Batch) -> None:
+        """More of a run's log is durable. Whoever is caught up gets it at once."""
+        for connection in list(self._by_run.get(batch.run_id, ())):
+            place = self._places[connection]
+            place.end = batch.start + len(batch.data)
+            if place.offset == batch.start and not connection.is_full:
+                place.offset = place.end
+                self._server.send(connection, batch.frames())
+            else:
+                self.wake(connection)
+
+    def close_run(self, run_id: str) -> None:
+        """Its log can no longer be trusted: let go of its watchers."""
+        for connection in list(self._by_run.get(run_id, ())):
+            self._server.close(connection)
+
+    @property
+    def is_behind(self) -> bool:
+        """Has somebody room for more history right now?"""
+        return bool(self._hungry)
+
+    def feed(self) -> None:
+        """One piece of history for each who is behind and has room."""
+        hungry, self._hungry = self._hungry, {}
+        for connection in hungry:
+            place = self._places.get(connection)
+            if place is None or connection.is_full or place.offset >= place.end:
+                continue
+            data = self._read(place)
+            if not data:
+                self._server.close(connection)
+                continue
+            place.offset += len(data)
+            self._server.send(connection, frames_of(place.run_id, data))
+            self.wake(connection)
+
+    def _read(self, place: _Place) -> bytes:
+        files = self._home.run(place.run_id)
+        try:
+            return journal.read_lines(files, place.run_id, place.offset, place.end, FEED_BYTES)
+        except (OSError, Damaged):
+            return b""
+
+
+def frames_of(run_id: str, data: bytes) -> bytes:
+    """Log lines as notifications."""
+    return b"".join(protocol.event(run_id, line + b"\n") for line in data[:-1].split(b"\n"))
