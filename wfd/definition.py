@@ -267,7 +267,8 @@ def _decode(text: bytes) -> tuple[object, list[Problem], list[Problem]]:
             parse_constant=refuse,
         )
     except json.JSONDecodeError as error:
-        raise _refusal(f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}", "$") from None
+        what = error.msg.removesuffix(" at")  # Some of the parser's messages end in it, some do not.
+        raise _refusal(f"is not JSON: {what} at line {error.lineno}, column {error.colno}", "$") from None
     except RecursionError:
         raise _refusal("is nested too deeply; a definition needs four levels", "$") from None
     if not doubled and not unusable:

@@ -578,7 +578,7 @@ class Supervisor:
         except OSError as error:
             log(f"run {live.run.run_id}, step {record.step.id!r} cannot be signalled: {error}")
             next_ms = self.now_ms + RETRY_MS
-        self._at(min(next_ms, max(kill_at_ms, self.now_ms + RETRY_MS)), self._end_later, live, record.index, attempt)
+        self._at(next_ms, self._end_later, live, record.index, attempt)
 
     def _end_later(self, live: LiveRun, index: int, attempt: Attempt) -> None:
         if attempt.phase == "alive":
@@ -665,35 +665,53 @@ class Supervisor:
 
     def _serve(self, connection: Connection, request: Request) -> None:
         """Carry a request out in memory; its answer goes out when what it has changed is durable."""
+        problem = None
         try:
             live, build = requests.METHODS[request.method](self, connection, request.params)
             self._replies.append((connection, request, live, build))
-        except ProtocolError as problem:
+        except _REFUSALS as error:
+            problem = _problem_of(error)
+        if problem is not None:
             self._refuse(connection, request, problem)
-        except Damaged as error:
-            self._refuse(connection, request, ProtocolError(protocol.DAMAGED, str(error)))
-        except OSError as error:
-            why = f"the system refuses: {error.strerror or error}"
-            self._refuse(connection, request, ProtocolError(protocol.STALLED, why))
-        except (AssertionError, Impossible, KeyError, ValueError) as error:
-            log(f"request {request.method} failed: {error!r}")
-            self._refuse(connection, request, ProtocolError(protocol.INTERNAL_ERROR, f"the daemon failed: {error!r}"))
 
     def _send_replies(self) -> None:
         replies, self._replies = self._replies, []
         for connection, request, live, build in replies:
-            run_id = live.run.run_id if live is not None else ""
-            if live is not None and live.retry_at_ms is not None:
-                why = f"run {run_id} is stalled, nothing was changed: {live.stalled}"
-                self._refuse(connection, request, ProtocolError(protocol.STALLED, why))
-            elif run_id in self.quarantined:
-                self._refuse(connection, request, ProtocolError(protocol.DAMAGED, self.quarantined[run_id]))
+            try:
+                if live is not None:
+                    self._check_durable(live)
+                data = protocol.result(request.id, build())
+            except _REFUSALS as error:
+                self._refuse(connection, request, _problem_of(error))
             else:
-                data = protocol.result(request.id, build()) if request.id is not None else b""
-                self.server.answer(connection, data)
+                self.server.answer(connection, data if request.id is not None else b"")
+
+    def _check_durable(self, live: LiveRun) -> None:
+        """Has the batch with what the client asked for become durable? Raises ProtocolError, Damaged."""
+        run_id = live.run.run_id
+        if run_id in self.quarantined:
+            raise Damaged(run_id, self.quarantined[run_id])
+        if live.retry_at_ms is not None:
+            why = f"run {run_id} is stalled, nothing was changed: {live.stalled}"
+            raise ProtocolError(protocol.STALLED, why)
 
     def _refuse(self, connection: Connection, request: Request, problem: ProtocolError) -> None:
         self.server.answer(connection, protocol.error(request.id, problem) if request.id is not None else b"")
+
+
+# What a request may be refused for. Anything else is a defect that ends the daemon; its steps go on.
+_REFUSALS = (ProtocolError, Damaged, OSError, AssertionError, Impossible, KeyError, ValueError)
+
+
+def _problem_of(error: Exception) -> ProtocolError:
+    if isinstance(error, ProtocolError):
+        return error
+    if isinstance(error, Damaged):
+        return ProtocolError(protocol.DAMAGED, str(error))
+    if isinstance(error, OSError):
+        return ProtocolError(protocol.STALLED, f"the system refuses: {error.strerror or error}")
+    log(f"a request failed: {error!r}")
+    return ProtocolError(protocol.INTERNAL_ERROR, f"the daemon's own check failed: {error!r}")
 
 
 def _is_settled(live: LiveRun, index: int) -> bool:
