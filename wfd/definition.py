@@ -68,7 +68,7 @@ MAX_CYCLE_SHOWN = 12
 # Unknown dependencies for which a "did you mean" is looked for, and how many ids on either side are compared in each of
 # two orders (difflib costs up to a millisecond for a pair of long ids).
 MAX_GUESSES = 10
-GUESS_WINDOW = 50
+GUESS_WINDOW = 25
 # Characters of a user's text that a message quotes.
 MAX_QUOTED_CHARS = 60
 
