@@ -1,0 +1,471 @@
+"""The wire: find the daemon, start it when need be, ask it.
+
+Rules
+* `connect` answers None when nobody does: a refused or missing socket, a lock file that says nothing, all the same.
+  Who is at the address must run under our own uid, or is not spoken to.
+* Whoever changes something (`command`) starts a daemon when none answers; whoever only asks (`ask`) does not, and reads
+  the log instead (history.py).
+* A started daemon gets one end of a socketpair as a connection with the request in it, so that it decides the request
+  before it starts any step. End of file instead of an answer means that another daemon won the home's lock. Repeating a
+  request changes nothing (it carries an id of ours), so the answer to every silence is to send it again.
+
+Start-up time is most of what a client costs, so what only some calls need is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+from wfctl.errors import (
+    DaemonUnavailable,
+    InvalidRequest,
+    InvalidWorkflow,
+    NoSuchRun,
+    RunDamaged,
+    WorkflowError,
+)
+from wfd import protocol
+from wfd.paths import Home, default_home, runtime_directory
+from wfd.protocol import ProtocolError
+
+TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `status`.
+if TYPE_CHECKING:
+    from typing import Self
+
+# How long to go on when no daemon stays up long enough to answer. A cold start takes a tenth of a second, and folding a
+# home full of live runs a few.
+START_DEADLINE_SEC = 15.0
+# A daemon that is there but says nothing for so long is stopped or hung. Taking in 100,000 steps needs a few seconds.
+ANSWER_DEADLINE_SEC = 60.0
+# A full backlog refuses at once; it is emptied once a turn of the daemon's loop.
+CONNECT_DEADLINE_SEC = 5.0
+# A daemon that ends at once while nobody holds the lock has not lost a race: it cannot start. Once may be an accident.
+MAX_FAILED_STARTS = 3
+# Between two looks at a daemon that is not there: from the time it needs to start up to what a person does not notice.
+FIRST_DELAY_SEC, MAX_DELAY_SEC = 0.02, 1.0
+# A daemon that a client started ends by itself when it had nothing to do for so long.
+IDLE_EXIT_SEC = 900
+_RECEIVE_BYTES = 1 << 18
+# What a service manager told us is not meant for a daemon that outlives us.
+_NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+
+
+class Gone(DaemonUnavailable):
+    """The daemon closed the connection, or died, before it answered."""
+
+
+class Silent(DaemonUnavailable):
+    """There is a daemon, but it says nothing: stopped, or hung."""
+
+
+class ReadTheLog(WorkflowError):
+    """The daemon leaves this question to whoever asks it: the answer is in the log."""
+
+
+def current_home() -> Home:
+    """The home that the environment names."""
+    home = default_home(os.environ, sys.platform, os.path.expanduser("~"))
+    return Home(home.rstrip("/") or "/")
+
+
+class Connection:
+    """One conversation with the daemon."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._received = bytearray()
+        self._searched = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def ask(self, method: str, params: dict[str, object]) -> dict[str, object]:
+        """Send a request and wait for its answer. Raises Gone, DaemonUnavailable, and what the daemon refuses with."""
+        self.send(protocol.request(method, params))
+        return self.answer()
+
+    def send(self, line: bytes) -> None:
+        """Send a request's line. A peer that has hung up may have said why: that is left for `answer` to find out."""
+        self._socket.settimeout(ANSWER_DEADLINE_SEC)
+        try:
+            self._socket.sendall(line)
+        except TimeoutError:
+            raise Silent(f"the daemon took nothing for {ANSWER_DEADLINE_SEC:.0f} seconds: is it stopped?") from None
+        except OSError:
+            pass
+
+    def answer(self) -> dict[str, object]:
+        """The answer to the request that was sent."""
+        line = self.receive(ANSWER_DEADLINE_SEC)
+        if line is None:
+            raise Silent(f"the daemon did not answer within {ANSWER_DEADLINE_SEC:.0f} seconds: is it stopped?")
+        message = parse(line)
+        if "error" in message:
+            raise _refusal(message["error"])
+        result = message.get("result")
+        if not isinstance(result, dict):
+            raise DaemonUnavailable("the daemon gave an answer that is none: is it another version?")
+        return result
+
+    def receive(self, timeout_sec: float | None) -> bytes | None:
+        """The next line, without its newline; None when none came in time. Raises Gone."""
+        received = self._received
+        deadline = None if timeout_sec is None else time.monotonic() + timeout_sec
+        while (end := received.find(b"\n", self._searched)) < 0:
+            self._searched = len(received)
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return None
+            self._socket.settimeout(left)
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES)
+            except TimeoutError:
+                return None
+            except OSError:
+                data = b""
+            if not data:
+                raise Gone("the daemon closed the connection")
+            received += data
+        line = bytes(received[:end])
+        del received[: end + 1]
+        self._searched = 0
+        return line
+
+
+def parse(line: bytes) -> dict[str, object]:
+    try:
+        return protocol.parse_message(line)
+    except ProtocolError as error:
+        raise DaemonUnavailable(f"the daemon's answer cannot be read: {error}") from None
+
+
+def _refusal(error: object) -> WorkflowError:
+    """A daemon's error as one of ours."""
+    record = error if isinstance(error, dict) else {}
+    code, message, data = record.get("code"), str(record.get("message")), record.get("data")
+    if code == protocol.INVALID_DEFINITION:
+        found = data.get("problems", ()) if isinstance(data, dict) else ()
+        return InvalidWorkflow(message, tuple((str(one["path"]), str(one["message"])) for one in found))
+    if code == protocol.SHUTTING_DOWN:
+        return Gone(message)
+    return _REFUSALS.get(code, DaemonUnavailable)(message)
+
+
+_REFUSALS: dict[object, type[WorkflowError]] = {
+    protocol.NO_SUCH_RUN: NoSuchRun,
+    protocol.DAMAGED: RunDamaged,
+    protocol.RUN_EXISTS: InvalidRequest,
+    protocol.NOT_FINISHED: InvalidRequest,
+    protocol.INVALID_PARAMS: InvalidRequest,
+    protocol.READ_THE_LOG: ReadTheLog,
+}
+
+
+# -- finding the daemon ------------------------------------------------------------------------------------------------
+
+
+def connect(home: Home) -> Connection | None:
+    """A greeted connection to the home's daemon, or None when nobody answers.
+
+    Raises DaemonUnavailable when somebody does who is not to be spoken to: another user, another protocol."""
+    for path in _addresses(home):
+        sock = _open_socket(path)
+        if sock is not None:
+            connection = Connection(sock)
+            try:
+                connection.ask("hello", HELLO)
+            except Gone:
+                connection.close()
+                continue
+            except WorkflowError:
+                connection.close()
+                raise
+            return connection
+    return None
+
+
+HELLO: dict[str, object] = {"protocol_min": protocol.PROTOCOL_MIN, "protocol_max": protocol.PROTOCOL_MAX}
+
+
+def _addresses(home: Home) -> Iterator[str]:
+    """Where the daemon may listen: what its lock file says, which may be stale, then the home's own socket."""
+    named = _read_lock(home).get("socket")
+    own = home.socket(runtime_directory(os.environ, os.getuid()))
+    if isinstance(named, str) and named != own:
+        yield named
+    yield own
+
+
+def _read_lock(home: Home) -> dict[str, object]:
+    try:
+        with open(home.lock, "rb") as file:
+            record = json.loads(file.read())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _open_socket(path: str) -> socket.socket | None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    deadline, delay = time.monotonic() + CONNECT_DEADLINE_SEC, FIRST_DELAY_SEC
+    # Non-blocking, since connecting to a full backlog would otherwise wait for ever.
+    sock.setblocking(False)
+    try:
+        while True:
+            try:
+                sock.connect(path)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Silent(f"the daemon at {path} accepts no connections: is it stopped?") from None
+                time.sleep(delay)
+        if _peer_uid(sock) != os.geteuid():
+            raise DaemonUnavailable(f"the socket {path} belongs to another user's process; it was not spoken to")
+    except OSError:
+        sock.close()
+        return None
+    except DaemonUnavailable:
+        sock.close()
+        raise
+    return sock
+
+
+def _peer_uid(sock: socket.socket) -> int:
+    """The effective uid of the process at the other end, as the kernel has it."""
+    if sys.platform == "darwin":
+        # struct xucred of <sys/ucred.h>: version, uid, ngroups, groups[16]; SOL_LOCAL is 0, LOCAL_PEERCRED 1.
+        return int(struct.unpack("2Ih16I", sock.getsockopt(0, 1, struct.calcsize("2Ih16I")))[1])
+    return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[1])
+
+
+def ask(home: Home, method: str, params: dict[str, object]) -> dict[str, object] | None:
+    """The answer of the daemon, or None when none answers. Starts nothing."""
+    try:
+        connection = connect(home)
+        if connection is None:
+            return None
+        with connection:
+            return connection.ask(method, params)
+    except (Gone, Silent):
+        return None
+
+
+def command(home: Home, method: str, params: dict[str, object]) -> dict[str, object]:
+    """The answer of the daemon, which is started when none answers. Raises what `Connection.ask` raises."""
+    line = protocol.request(method, params)
+    if len(line) > protocol.MAX_FRAME_BYTES:
+        raise InvalidRequest(f"the request is {len(line)} bytes long; at most {protocol.MAX_FRAME_BYTES} are allowed")
+    deadline, delay, failed_starts = time.monotonic() + START_DEADLINE_SEC, FIRST_DELAY_SEC, 0
+    while True:
+        connection = connect(home)
+        is_ours = connection is None
+        try:
+            if connection is None:
+                connection = start_daemon(home, line)
+            else:
+                connection.send(line)
+            return connection.answer()
+        except Gone:
+            # It lost the race for the lock, is just shutting down, or died with our request: ask whoever is next.
+            pass
+        finally:
+            if connection is not None:
+                connection.close()
+        failed_starts += is_ours and not _is_locked(home)
+        if failed_starts >= MAX_FAILED_STARTS or time.monotonic() > deadline:
+            raise DaemonUnavailable(f"the daemon cannot be started{_last_words(home)} (see {home.log})")
+        time.sleep(delay)
+        delay = min(2 * delay, MAX_DELAY_SEC)
+
+
+def _last_words(home: Home) -> str:
+    try:
+        with open(home.log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
+            last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+    except OSError:
+        return ""
+    return f": {last}" if last else ""
+
+
+def start_daemon(home: Home, line: bytes) -> Connection:
+    """A new daemon, and our end of the connection that it is born with, the request already in it.
+
+    Raises DaemonUnavailable when it cannot even be spawned."""
+    reap_daemons()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        theirs.set_inheritable(True)
+        # What fits goes first, so that the daemon finds it; the rest of a long request when somebody reads.
+        ours.setblocking(False)
+        sent = ours.send(line)
+        _spawn(home, theirs.fileno())
+    except OSError as error:
+        ours.close()
+        where = f" ({error.filename})" if error.filename else ""
+        raise DaemonUnavailable(f"the daemon cannot be started: {error.strerror}{where}") from None
+    finally:
+        theirs.close()
+    connection = Connection(ours)
+    connection.send(line[sent:])
+    return connection
+
+
+# Daemons that this process has started and that have not been waited for: zombies, once they end before us.
+_children: list[int] = []
+
+
+def _spawn(home: Home, handover_fd: int) -> None:
+    import wfd
+
+    os.makedirs(home.directory, mode=0o700, exist_ok=True)
+    log = os.open(home.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        environ = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        # The directory or zip file that the package was found in, so that the daemon is of the same version.
+        environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(wfd.__file__)))
+        arguments = [
+            sys.executable, "-P", "-m", "wfd",
+            "--home", home.directory, "--handover-fd", str(handover_fd), "--idle-exit-sec", str(IDLE_EXIT_SEC),
+        ]  # fmt: skip
+        actions = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, log, 1),
+            (os.POSIX_SPAWN_DUP2, log, 2),
+        ]
+        _children.append(
+            os.posix_spawn(sys.executable, arguments, environ, file_actions=actions, setsid=True, setsigmask=())
+        )
+    finally:
+        os.close(log)
+
+
+def reap_daemons() -> None:
+    """Wait for those daemons that this process started and that have ended; a long-lived caller would keep zombies."""
+    for pid in list(_children):
+        try:
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                continue
+        except ChildProcessError:
+            pass
+        _children.remove(pid)
+
+
+def greet(home: Home) -> dict[str, object]:
+    """What the daemon says of itself; it is started when none answers."""
+    return command(home, "hello", HELLO)
+
+
+def stop_daemon(home: Home, cancel_runs: bool) -> bool:
+    """Ask the daemon to end and wait until it has. False when none was there. Raises what `Connection.ask` raises."""
+    connection = connect(home)
+    if connection is None:
+        return False
+    with connection:
+        try:
+            connection.ask("shutdown", {"cancel_runs": cancel_runs})
+            while connection.receive(None) is not None:
+                pass
+        except Gone:
+            pass
+    while _is_locked(home):
+        time.sleep(FIRST_DELAY_SEC)
+    reap_daemons()
+    return True
+
+
+def _is_locked(home: Home) -> bool:
+    """Does a daemon live? Its pid would not tell: where nobody reaps, the dead keep theirs."""
+    import fcntl
+
+    try:
+        with open(home.lock, "rb") as file:
+            # Shared, and let go of at once. A daemon that starts in this instant finds it taken; its client asks again.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+# -- what is asked -----------------------------------------------------------------------------------------------------
+
+
+def status(home: Home, run_id: str) -> dict[str, object]:
+    """The run's state as `status --json` prints it, from the daemon or else from the log ("source" tells which).
+
+    Raises NoSuchRun, RunDamaged, DaemonUnavailable."""
+    try:
+        found = ask(home, "status", {"run_id": run_id})
+    except ReadTheLog:
+        found = None
+    if found is not None:
+        return found
+    from wfctl import history
+
+    return history.status(home, run_id)
+
+
+def new_run_id(home: Home) -> str:
+    """A fresh id: the time of day, so that ids sort by it, and four random characters for runs of the same second."""
+    while True:
+        tail = "".join(_ID_CHARS[byte % len(_ID_CHARS)] for byte in os.urandom(4))
+        run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + tail
+        if not os.path.lexists(home.run(run_id).directory):
+            return run_id
+
+
+_ID_CHARS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def submission_environment() -> dict[str, object]:
+    """What a command inherits from the one who submits it: environment, umask and soft limits."""
+    import resource
+
+    umask = os.umask(0o077)
+    os.umask(umask)
+    limits: dict[str, object] = {}
+    for name in ("nofile", "core", "fsize", "cpu", "stack", "data"):
+        soft = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[0]
+        limits[name] = -1 if soft == resource.RLIM_INFINITY else soft
+    # Bytes that are no UTF-8 travel as lone surrogates, whatever encoding this process runs under.
+    env = {
+        name.decode("utf-8", "surrogateescape"): value.decode("utf-8", "surrogateescape")
+        for name, value in os.environb.items()
+    }
+    return {"env": env, "umask": umask, "limits": limits}
+
+
+def submit(home: Home, run_id: str, document: Mapping[str, object], base_dir: str) -> dict[str, object]:
+    """Hand a workflow over. Returns {"run_id", "workflow_id", "state", "created"} once the run is durable."""
+    params: dict[str, object] = {
+        "run_id": run_id,
+        "definition": dict(document),
+        "base_dir": base_dir,
+        "cwd": os.getcwd(),
+        "environment": submission_environment(),
+    }
+    return command(home, "submit", params)
+
+
+def cancel(home: Home, run_id: str) -> dict[str, object]:
+    """Ask for the end of a run. Returns {"run_id", "state"} once the request is durable."""
+    return command(home, "cancel", {"run_id": run_id, "request": os.urandom(8).hex()})
+
+
+def retry(home: Home, run_id: str) -> dict[str, object]:
+    """Ask for another try of what did not succeed in a run that is over. Returns {"run_id", "state"}."""
+    return command(home, "retry", {"run_id": run_id, "request": os.urandom(8).hex()})

@@ -1,0 +1,238 @@
+"""The runs of a home as they lie on disk: found, read and replayed without a daemon.
+
+Rules
+* No lock is taken and nothing is repaired: what follows the last good line of a log is not looked at, or reported.
+* Everything that reads a log imports the journal when it is called. Finding a run by its name needs only the names, and
+  that is all that a `status` answered by the daemon asks of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+
+from wfctl.errors import NoSuchRun, RunDamaged
+from wfd.paths import RUN_ID_RULE, Home, RunFiles, is_run_id
+
+TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `status`.
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+    from wfd.decide import Difference
+    from wfd.events import Line
+    from wfd.state import Run
+
+_OnLine = Callable[["Line"], None]
+
+LATEST = "@latest"
+# Candidates that an ambiguous name's message shows.
+MAX_CANDIDATES_SHOWN = 5
+# A first line holds a whole definition; this is what a request may hold, and more than that is no log.
+_MAX_LINE_BYTES = 64 << 20
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def run_ids(home: Home) -> list[str]:
+    """The runs of this home, newest first, as far as names tell (they begin with the time unless a user chose them)."""
+    try:
+        names = os.listdir(home.runs)
+    except FileNotFoundError:
+        return []
+    return sorted(filter(is_run_id, names), reverse=True)
+
+
+def resolve(home: Home, text: str) -> str:
+    """The run that is meant: an exact id, else a unique beginning or end of one, or @latest. Raises NoSuchRun."""
+    if is_run_id(text) and os.path.lexists(home.run(text).directory):
+        return text
+    if text == LATEST:
+        ids = run_ids(home)
+        if not ids:
+            raise NoSuchRun(f"there are no runs in {home.directory}")
+        return ids[0]
+    if not is_run_id(text + "0"):
+        raise NoSuchRun(f"{text!r} is no run id or part of one ({RUN_ID_RULE})")
+    found = [run_id for run_id in run_ids(home) if run_id.startswith(text) or run_id.endswith(text)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise NoSuchRun(f"there is no run {text!r} in {home.directory}; `list` shows those that are there")
+    shown = ", ".join(found[:MAX_CANDIDATES_SHOWN]) + (", …" if len(found) > MAX_CANDIDATES_SHOWN else "")
+    raise NoSuchRun(f"{text!r} may be any of {len(found)} runs: {shown}")
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+
+
+def status(home: Home, run_id: str) -> dict[str, object]:
+    """The run's state as its log tells it, in the form of `status --json`. Raises NoSuchRun, RunDamaged."""
+    return {**fold(home, run_id).describe(), "source": "log", "stalled": None}
+
+
+def fold(home: Home, run_id: str) -> Run:
+    """The run's state as its log tells it. Raises NoSuchRun, RunDamaged."""
+    from wfd import journal
+
+    try:
+        return journal.fold(home.run(run_id), run_id)[0]
+    except FileNotFoundError:
+        raise NoSuchRun(f"there is no run {run_id}") from None
+    except journal.Damaged as error:
+        raise RunDamaged(str(error)) from None
+
+
+def lines(home: Home, run_id: str) -> Iterator[Line]:
+    """The good lines of a log, from the first. Raises NoSuchRun, RunDamaged."""
+    from wfd import journal
+
+    try:
+        with journal.open_log(home.run(run_id), run_id) as file:
+            yield from journal.Reading(file, run_id)
+    except FileNotFoundError:
+        raise NoSuchRun(f"there is no run {run_id}") from None
+    except journal.Damaged as error:
+        raise RunDamaged(str(error)) from None
+
+
+def summary(home: Home, run_id: str) -> dict[str, object] | None:
+    """A run as a row of `list`, read as cheaply as its state allows; None when it has just been removed. Counts that
+    only a fold would tell are None for a run that is over. A damaged run has the state DAMAGED and says why."""
+    from wfd import journal
+
+    files = home.run(run_id)
+    try:
+        last = journal.last_line(files, run_id)
+        if last is None or last.event.name != "run_finished":
+            return summary_of(journal.fold(files, run_id)[0])
+        workflow_id, steps, submitted_at = _first_line(files)
+    except FileNotFoundError:
+        return None
+    except (journal.Damaged, ValueError, LookupError, TypeError) as error:
+        return {**_row(run_id, None, "DAMAGED", None, None, None), "why": getattr(error, "why", "line 1 is not whole")}
+    state = last.event.state  # type: ignore[attr-defined]
+    row = _row(run_id, workflow_id, state, submitted_at, last.at, steps)
+    if state == "SUCCEEDED":
+        row.update(succeeded=steps, failed=0)
+    return row
+
+
+def summary_of(run: Run) -> dict[str, object]:
+    """The row of a run whose state is known."""
+    row = _row(run.run_id, run.workflow.workflow_id, run.state.value, run.submitted_at, run.finished_at, len(run.steps))
+    states = [record.state.value for record in run.steps]
+    row.update(succeeded=states.count("SUCCEEDED"), failed=states.count("FAILED"), running=states.count("RUNNING"))
+    return row
+
+
+def _row(
+    run_id: str,
+    workflow_id: str | None,
+    state: str,
+    submitted_at: str | None,
+    finished_at: str | None,
+    steps: int | None,
+) -> dict[str, object]:
+    return {
+        "run_id": run_id,
+        "workflow_id": workflow_id,
+        "state": state,
+        "submitted_at": submitted_at,
+        "finished_at": finished_at,
+        "steps": steps,
+        "succeeded": None,
+        "failed": None,
+        "running": 0,
+        "stalled": None,
+    }
+
+
+def _first_line(files: RunFiles) -> tuple[str, int, str]:
+    """Workflow id, number of steps, time of submission; the definition is not checked again, since the daemon has."""
+    with open(files.events, "rb") as file:
+        record = json.loads(file.readline(_MAX_LINE_BYTES))
+    return str(record["workflow"]["workflow_id"]), len(record["workflow"]["steps"]), str(record["at"])
+
+
+# -- replay ------------------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """What came of replaying a log.
+
+    run           the state after the last line that verified       lines       how many verified
+    difference    the first line that the rules would not have written, or None
+    torn_bytes    what follows the last good line: never promised to anybody, cut off by the next daemon
+    """
+
+    __slots__ = ("difference", "lines", "run", "torn_bytes")
+
+    def __init__(self, run: Run, difference: Difference | None, torn_bytes: int) -> None:
+        self.run = run
+        self.lines = run.seq
+        self.difference = difference
+        self.torn_bytes = torn_bytes
+
+    @property
+    def is_verified(self) -> bool:
+        return self.difference is None
+
+
+def replay_run(home: Home, run_id: str, until: int | None = None, on_line: _OnLine = lambda line: None) -> Replay:
+    """Fold a run's log again, regenerating every decision and checking every choice, up to line `until` if that is
+    given. `on_line` is shown each line before it is judged. Raises NoSuchRun, RunDamaged."""
+    from wfd import journal
+
+    try:
+        with journal.open_log(home.run(run_id), run_id) as file:
+            return _replay(file, run_id, until, on_line)
+    except FileNotFoundError:
+        raise NoSuchRun(f"there is no run {run_id}") from None
+    except journal.Damaged as error:
+        raise RunDamaged(str(error)) from None
+
+
+def replay_file(path: str, until: int | None = None, on_line: _OnLine = lambda line: None) -> Replay:
+    """The same for a log under any name, which tells in its first line whose it is. Raises NoSuchRun, RunDamaged."""
+    try:
+        with open(path, "rb") as file:
+            run_id = _run_id_in(path, file.readline(_MAX_LINE_BYTES))
+            file.seek(0)
+            return _replay(file, run_id, until, on_line)
+    except OSError as error:
+        raise NoSuchRun(f"{path} cannot be read as a log: {error.strerror or error}") from None
+
+
+def _run_id_in(path: str, first_line: bytes) -> str:
+    """The run that a log says it is of. The checksums, which are seeded with it, prove it."""
+    try:
+        run_id = json.loads(first_line)["run_id"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        run_id = None
+    if not isinstance(run_id, str) or not is_run_id(run_id):
+        raise RunDamaged(f"{path} is no event log: its first line does not name a run")
+    return run_id
+
+
+def _replay(file: BinaryIO, run_id: str, until: int | None, on_line: _OnLine) -> Replay:
+    from wfd import decide, journal
+    from wfd.state import Impossible
+
+    reading = journal.Reading(file, run_id)
+
+    def shown() -> Iterator[Line]:
+        for line in reading:
+            on_line(line)
+            yield line
+            if line.seq == until:
+                return
+
+    try:
+        run, difference = decide.replay(shown())
+    except journal.Damaged as error:
+        raise RunDamaged(str(error)) from None
+    except Impossible as error:
+        raise RunDamaged(f"run {run_id} cannot be replayed: {error}") from None
+    return Replay(run, difference, reading.torn_bytes)

@@ -1,0 +1,134 @@
+"""Following a run: its lines from any point on, each once and in order, whatever happens to the daemon.
+
+A follower counts lines. When the daemon is gone it reads what the log holds, waits for the next daemon, and goes on
+there with the line after the last one that it has seen. It starts no daemon: looking at a run changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+
+from wfctl import history
+from wfctl.client import FIRST_DELAY_SEC, MAX_DELAY_SEC, Connection, Gone, ReadTheLog, Silent, connect, parse
+from wfctl.errors import DaemonUnavailable
+from wfd import events
+from wfd.events import Line, RunFinished, RunRetried
+from wfd.paths import Home
+from wfd.state import END_STATES
+
+
+class Watch:
+    """The lines of one run from `from_seq` on, each once and in order, until the run is over; then `state` is its end.
+
+    Iterating waits. With `tick_sec` it also yields None whenever so much time passed without a line. While no daemon
+    answers it reads the log, calls `on_wait` once, and waits for a daemon to come back; it starts none.
+    Raises NoSuchRun, RunDamaged, DaemonUnavailable while iterating."""
+
+    def __init__(
+        self,
+        home: Home,
+        run_id: str,
+        from_seq: int = 1,
+        tick_sec: float | None = None,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._home = home
+        self._run_id = run_id
+        self._tick_sec = tick_sec
+        self._on_wait = on_wait
+        self.next_seq = from_seq
+        self.state: str | None = None
+
+    def __iter__(self) -> Iterator[Line | None]:
+        delay_sec, is_waiting, log_seen = FIRST_DELAY_SEC, False, None
+        while True:
+            before = self.next_seq
+            connection = self._connect()
+            if connection is not None:
+                with connection:
+                    yield from self._from_daemon(connection)
+                is_waiting = False
+            else:
+                log = self._look_at_log()
+                if log != log_seen or log is None:
+                    yield from self._from_log()
+                log_seen = log
+            if self.state is not None:
+                return
+            if connection is None and not is_waiting:
+                is_waiting = True
+                self._on_wait()
+            delay_sec = FIRST_DELAY_SEC if self.next_seq > before else min(2 * delay_sec, MAX_DELAY_SEC)
+            yield from self._pause(delay_sec)
+
+    def _connect(self) -> Connection | None:
+        try:
+            return connect(self._home)
+        except Silent:
+            return None
+
+    def _pause(self, delay_sec: float) -> Iterator[None]:
+        end = time.monotonic() + delay_sec
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(left if self._tick_sec is None else min(left, self._tick_sec))
+            if self._tick_sec is not None:
+                yield None
+
+    def _from_daemon(self, connection: Connection) -> Iterator[Line | None]:
+        """The lines that the daemon sends, until the run is over or the daemon is gone."""
+        try:
+            reply = connection.ask("watch", {"run_id": self._run_id, "from_seq": self.next_seq})
+            yield from self._stream(connection, str(reply["state"]), reply["last_seq"])
+        except ReadTheLog:
+            yield from self._from_log()
+        except (Gone, Silent):
+            pass
+
+    def _stream(self, connection: Connection, state: str, last_seq: object) -> Iterator[Line | None]:
+        assert isinstance(last_seq, int)
+        is_over = state in {end.value for end in END_STATES}
+        while not is_over or self.next_seq <= last_seq:
+            raw = connection.receive(self._tick_sec)
+            if raw is None:
+                yield None
+                continue
+            line = _line_of(raw)
+            self.next_seq = line.seq + 1
+            # The history of a run that was retried holds the ends of its earlier tries; what comes now is the end.
+            if isinstance(line.event, RunFinished) and line.seq > last_seq:
+                is_over, last_seq, state = True, line.seq, line.event.state
+            yield line
+        self.state = state
+
+    def _look_at_log(self) -> tuple[int, int, int] | None:
+        """Changes when the log does."""
+        try:
+            found = os.stat(self._home.run(self._run_id).events)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_size
+
+    def _from_log(self) -> Iterator[Line]:
+        state = None
+        for line in history.lines(self._home, self._run_id):
+            if isinstance(line.event, RunFinished):
+                state = line.event.state
+            elif isinstance(line.event, RunRetried):
+                state = None
+            if line.seq >= self.next_seq:
+                self.next_seq = line.seq + 1
+                yield line
+        self.state = state
+
+
+def _line_of(raw: bytes) -> Line:
+    params = parse(raw).get("params")
+    record = params.get("line") if isinstance(params, dict) else None
+    try:
+        # The checksum is the daemon's business: it read the line from a log that it had verified.
+        return events.decode(json.dumps(record, separators=(",", ":")).encode("ascii"))
+    except events.InvalidEvent as error:
+        raise DaemonUnavailable(f"the daemon sent an event that cannot be read: {error}") from None
