@@ -22,6 +22,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from wfd import VERSION, machine
 from wfd.paths import Home, default_home, runtime_directory
@@ -40,6 +41,9 @@ _REPLACE_SEC = 10
 # The first descriptor that systemd passes (sd_listen_fds(3)).
 _LISTEN_FDS_START = 3
 
+# st_dev and st_ino: which file a path leads to.
+_FileId = tuple[int, int]
+
 
 class CannotStart(Exception):
     """One sentence for the person who started it."""
@@ -49,13 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the daemon until it is asked to end. Returns the exit status."""
     options = _parse(arguments)
     handover = None if options.handover_fd is None else _move_up(options.handover_fd)
-    passed = [_move_up(fd) for fd in _passed_descriptors()]
+    passed = _passed_sockets()
     _occupy_low_descriptors()
     os.umask(0o077)
     home = Home(options.home or default_home(os.environ, sys.platform, os.path.expanduser("~")))
     try:
         _prepare(home)
-        lock = _lock(home, options.replace)
+        lock = _lock(home, options.replace, passed)
         try:
             _serve(home, lock, options, handover, passed)
         finally:
@@ -118,13 +122,16 @@ def _move_up(fd: int) -> int:
     return moved
 
 
-def _passed_descriptors() -> list[int]:
+def _passed_sockets() -> list[socket.socket]:
     """What systemd's socket activation passed (sd_listen_fds(3))."""
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "0")
     os.environ.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()) or not count.isdigit():
         return []
-    return list(range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)))
+    try:
+        return [socket.socket(fileno=_move_up(_LISTEN_FDS_START + i)) for i in range(int(count))]
+    except OSError as error:
+        raise SystemExit(f"wfd: a descriptor that was passed is not a socket: {error.strerror}") from None
 
 
 def _occupy_low_descriptors() -> None:
@@ -163,10 +170,8 @@ def _prepare(home: Home) -> None:
 
 def own_directory(path: str) -> None:
     """Make a directory that only we can enter, or check that it is one. Raises CannotStart, OSError."""
-    try:
+    with suppress(FileExistsError):
         os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
         raise CannotStart(f"{path} is not a directory (a symbolic link is not followed here)")
@@ -178,7 +183,7 @@ def own_directory(path: str) -> None:
         os.chmod(path, 0o700)
 
 
-def _lock(home: Home, replace: bool) -> int:
+def _lock(home: Home, replace: bool, passed: list[socket.socket]) -> int:
     """The home's lock: whoever holds it is its daemon. The file is never unlinked, or two could hold one each."""
     fd = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     deadline = time.monotonic() + (_REPLACE_SEC if replace else 0)
@@ -193,18 +198,22 @@ def _lock(home: Home, replace: bool) -> int:
                 raise CannotStart(f"another daemon owns {home.directory}: see `wfctl daemon status`") from None
         if not asked:
             asked = True
-            _ask_to_end(home)
+            _ask_to_end(home, passed)
         time.sleep(0.02)
 
 
-def _ask_to_end(home: Home) -> None:
+def _ask_to_end(home: Home, passed: list[socket.socket]) -> None:
     """Its live steps go on and are adopted by us."""
     try:
         with open(home.lock, "rb") as file:
-            address = json.loads(file.read())["socket"]
+            owner = json.loads(file.read())
+        if any(_is_at(listener, owner["socket"]) for listener in passed):
+            # The service manager has taken that path over from the daemon: we would be asking ourselves.
+            machine.terminate_lock_owner(owner["pid"], home.lock)
+            return
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(_REPLACE_SEC)
-            client.connect(address)
+            client.connect(owner["socket"])
             client.sendall(request("shutdown", {}))
             client.recv(1)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -223,20 +232,17 @@ def _write_lock(lock: int, socket_path: str) -> None:
 # -- sockets ------------------------------------------------------------------------------------------------------------
 
 
-def _listen(home: Home, passed: list[int]) -> tuple[str, list[socket.socket], bool]:
-    """The home's own socket and those that a service manager passed; whether we have bound the home's own."""
+def _listen(home: Home, passed: list[socket.socket]) -> tuple[str, list[socket.socket], _FileId | None]:
+    """The home's own socket and those that a service manager passed; and, if we have bound the home's own, its file."""
     runtime = runtime_directory(os.environ, os.geteuid())
     path = home.socket(runtime)
     if not path.startswith(home.directory + "/"):
         own_directory(runtime)
-    listeners = [socket.socket(fileno=fd) for fd in passed]
-    if any(listener.getsockname() == path for listener in listeners):
-        return path, listeners, False
-    try:
+    if any(_is_at(listener, path) for listener in passed):
+        return path, passed, None
+    with suppress(FileNotFoundError):
         # We hold the lock, so whoever listened here is gone.
         os.unlink(path)
-    except FileNotFoundError:
-        pass
     listener = socket.socket(socket.AF_UNIX)
     # bind makes the file with all bits that the umask leaves: 0600 from its first moment.
     before = os.umask(0o177)
@@ -244,7 +250,30 @@ def _listen(home: Home, passed: list[int]) -> tuple[str, list[socket.socket], bo
         listener.bind(path)
     finally:
         os.umask(before)
-    return path, [*listeners, listener], True
+    return path, [*passed, listener], _file_id(path)
+
+
+def _is_at(listener: socket.socket, path: str) -> bool:
+    """Was this socket bound at this path, and is its file still there?"""
+    try:
+        return os.path.samefile(listener.getsockname(), path)
+    except (OSError, TypeError, ValueError):
+        # It has no name in the file system, or its file was removed.
+        return False
+
+
+def _file_id(path: str) -> _FileId | None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _unlink_own(path: str, bound: _FileId | None) -> None:
+    """Remove the socket file that we have made. A service manager may have put its own there meanwhile."""
+    if bound is not None and _file_id(path) == bound:
+        os.unlink(path)
 
 
 # -- the service manager ------------------------------------------------------------------------------------------------
@@ -271,13 +300,15 @@ def _notifier() -> tuple[Callable[[str], None], int | None]:
 # -- the loop -----------------------------------------------------------------------------------------------------------
 
 
-def _serve(home: Home, lock: int, options: argparse.Namespace, handover: int | None, passed: list[int]) -> None:
+def _serve(
+    home: Home, lock: int, options: argparse.Namespace, handover: int | None, passed: list[socket.socket]
+) -> None:
     _raise_descriptor_limit()
     try:
         if not machine.inherits_locks(home.directory):
             raise CannotStart(f"{home.directory} is on a file system whose locks do not pass to children (NFS?)")
         boot_id = machine.boot_id()
-        path, listeners, is_bound = _listen(home, passed)
+        path, listeners, bound = _listen(home, passed)
         _write_lock(lock, path)
     except OSError as error:
         raise CannotStart(f"the home {home.directory} cannot be used: {error.strerror or error}") from None
@@ -296,8 +327,7 @@ def _serve(home: Home, lock: int, options: argparse.Namespace, handover: int | N
     _loop(supervisor, options.idle_exit_sec, notify, heartbeat_ms)
     notify("STOPPING=1")
     supervisor.server.close_all()
-    if is_bound:
-        os.unlink(path)
+    _unlink_own(path, bound)
     log(f"pid {os.getpid()} ends; {supervisor.running} running steps go on")
 
 
@@ -336,10 +366,8 @@ def _catch_signals(supervisor: Supervisor, selector: selectors.BaseSelector) -> 
         supervisor.is_stopping = True
 
     def drain(_: socket.socket, mask: int) -> None:
-        try:
+        with suppress(BlockingIOError):
             reading.recv(4096)
-        except BlockingIOError:
-            pass
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
