@@ -5,14 +5,12 @@ The command line is wfctl/cli.py, the library wfctl/api.py; nothing is decided h
 
 from __future__ import annotations
 
-import sys
-
-from wfctl.cli import main
+from wfctl.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
 
-# Below the exit, so that the command line does not pay for the library.
+# Below the end of a command, so that the command line does not pay for the library.
 from wfctl.api import (
     RunStatus,
     StepStatus,

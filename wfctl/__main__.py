@@ -1,15 +1,30 @@
-"""`python -m wfctl`: the command line. `wfctl.__main__:main` is also what a zipapp starts."""
+"""`python -m wfctl`: the command line as a whole process. Scripts and zipapps start `wfctl.__main__:main`, too."""
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 
-from wfctl import cli
+TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `status`.
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 
-def main() -> None:
-    """Run the command line and end the process with its exit code."""
-    sys.exit(cli.main())
+def main() -> NoReturn:
+    """Carry out the command line and end the process with its exit code.
+
+    A `status` is mostly start-up and end. Collecting garbage while modules are imported finds none, and taking the
+    interpreter apart frees what the kernel frees anyway: without both it is a seventh faster."""
+    gc.disable()
+    from wfctl import cli
+
+    gc.enable()
+    code = cli.main()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

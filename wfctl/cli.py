@@ -99,11 +99,17 @@ def _dispatch(arguments: list[str]) -> int:
         problem = f"there is no command {name!r}" if name else "a command is missing"
         raise UsageError(f"{problem}; there are {', '.join(COMMANDS)}")
     function, summary, options = COMMANDS[name]
-    parser = _Parser(prog=f"{_program()} {name}", description=summary, allow_abbrev=False)
+    parser = _Parser(prog=f"{_program()} {name}", description=summary, allow_abbrev=False, formatter_class=_formatter)
     for flags, settings in options:
         parser.add_argument(*flags, **settings)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return function(parser.parse_args(arguments[1:]))
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    # argparse asks shutil for the width, for every option, and importing that costs a tenth of a whole `status`.
+    width = os.environ.get("COLUMNS", "")
+    return argparse.HelpFormatter(prog, width=int(width) - 2 if width.isdecimal() and int(width) > 40 else 100)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -358,7 +364,7 @@ def _replay(args: argparse.Namespace) -> int:
         print(render.status_text(result.run.describe(), render.epoch_sec(times[0]), _use_colour(args)))
         print()
         print(_verdict(result))
-    return FINE if result.is_verified else DAMAGED
+    return FINE if result.verified else DAMAGED
 
 
 def _verdict(result: history.Replay) -> str:
@@ -371,7 +377,7 @@ def _replay_record(result: history.Replay) -> dict[str, object]:
     difference, state = result.difference, result.run.describe()
     return {
         "run_id": result.run.run_id,
-        "verified": result.is_verified,
+        "verified": result.verified,
         "lines": result.lines,
         "difference": difference
         and {"seq": difference.seq, "expected": difference.expected, "found": difference.found},

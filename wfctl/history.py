@@ -176,7 +176,7 @@ class Replay:
         self.torn_bytes = torn_bytes
 
     @property
-    def is_verified(self) -> bool:
+    def verified(self) -> bool:
         return self.difference is None
 
 
