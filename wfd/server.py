@@ -46,6 +46,7 @@ class Connection:
         self.progress_ms = 0
         self.mask = 0
         self.is_busy = False
+        self.is_splitting = False
         self.is_closing = False
         self.is_closed = False
 
@@ -113,8 +114,7 @@ class Server:
         """Send the reply to the request in hand (b"" for a notification), and go on with the next."""
         connection.is_busy = False
         self.send(connection, data)
-        if not connection.is_closed:
-            self._split(connection)
+        self._split(connection)
 
     def close(self, connection: Connection) -> None:
         """Let go of a connection now."""
@@ -128,14 +128,11 @@ class Server:
         self._with_output.pop(connection, None)
         self.on_close(connection)
 
-    def close_when_sent(self, connection: Connection) -> None:
-        """Send what waits, read no more, then close."""
+    def close_when_sent(self, connection: Connection, last: bytes = b"") -> None:
+        """Send what waits and these last bytes, read no more, then close."""
         connection.is_closing = True
         connection.inbox.clear()
-        if not connection.outbox:
-            self.close(connection)
-        else:
-            self._watch(connection)
+        self.send(connection, last)
 
     def close_all(self) -> None:
         """Stop listening and let go of everyone, after one last try to send what waits."""
@@ -171,7 +168,8 @@ class Server:
         """The selector's call: the peer's bytes have come, or there is room for ours."""
         if mask & selectors.EVENT_WRITE:
             self._flush(connection)
-        if mask & selectors.EVENT_READ and not connection.is_closed:
+        # Sending may have let in the next request, or closed the connection: then it is not to be read any more.
+        if mask & connection.mask & selectors.EVENT_READ and not connection.is_closed:
             self._receive(connection)
 
     def _receive(self, connection: Connection) -> None:
@@ -180,30 +178,36 @@ class Server:
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            data = b""
-        if not data:
             self.close(connection)
+            return
+        if not data:
+            # The peer will ask no more, but may still read what it has asked for (`printf … | socat - UNIX:wfd.sock`).
+            self.close_when_sent(connection)
             return
         connection.inbox += data
         self._split(connection)
 
     def _split(self, connection: Connection) -> None:
-        """Hand over the next whole line, if the peer takes the answers."""
+        """Hand over the whole lines, one after another, as long as the peer takes the answers."""
+        if connection.is_splitting:
+            # on_line has answered at once: the loop below goes on, or a thousand bad lines would be as many frames deep.
+            return
         inbox = connection.inbox
-        if not (connection.is_busy or connection.is_closing or connection.is_full):
+        connection.is_splitting = True
+        while not (connection.is_busy or connection.is_closing or connection.is_closed or connection.is_full):
             end = inbox.find(b"\n", connection.searched)
             if end < 0:
                 connection.searched = len(inbox)
-            else:
-                line = bytes(inbox[:end])
-                del inbox[: end + 1]
-                connection.searched = 0
-                connection.is_busy = True
-                self.on_line(connection, line)
+                break
+            line = bytes(inbox[:end])
+            del inbox[: end + 1]
+            connection.searched = 0
+            connection.is_busy = True
+            self.on_line(connection, line)
+        connection.is_splitting = False
         if len(inbox) > MAX_FRAME_BYTES and connection.searched == len(inbox):
             problem = ProtocolError(PARSE_ERROR, f"a line is longer than {MAX_FRAME_BYTES} bytes")
-            self.send(connection, error(None, problem))
-            self.close_when_sent(connection)
+            self.close_when_sent(connection, error(None, problem))
         self._watch(connection)
 
     def _flush(self, connection: Connection) -> None:
