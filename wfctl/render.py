@@ -78,25 +78,9 @@ def _moment(at: object) -> str:
     return at[:19].replace("T", " ") + "Z" if isinstance(at, str) else ""
 
 
-def cut(text: str, width: int) -> str:
-    """At most `width` terminal cells of an escaped text."""
-    if text.isascii():
-        return text if len(text) <= width else text[: max(0, width - 1)] + "…"[:width]
-    used = 0
-    for index, char in enumerate(text):
-        used += _cells(char)
-        if used > width:
-            return cut_to_fit(text[:index], width)
-    return text
-
-
-def cut_to_fit(text: str, width: int) -> str:
-    """Make room for the mark that something is missing."""
-    used = sum(map(_cells, text))
-    while text and used > width - 1:
-        used -= _cells(text[-1])
-        text = text[:-1]
-    return text + "…"[:width]
+def cells(text: str) -> int:
+    """How many cells of a terminal an escaped text takes."""
+    return len(text) if text.isascii() else sum(map(_cells, text))
 
 
 def _cells(char: str) -> int:
@@ -105,17 +89,27 @@ def _cells(char: str) -> int:
     return 0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1
 
 
+def cut(text: str, width: int) -> str:
+    """At most `width` cells of an escaped text, with a mark where something is missing."""
+    if cells(text) <= width:
+        return text
+    end = used = 0
+    while used + _cells(text[end]) < width:
+        used += _cells(text[end])
+        end += 1
+    return text[:end] + "…"[:width]
+
+
 def _pad(text: str, width: int) -> str:
-    return text + " " * (width - (len(text) if text.isascii() else sum(map(_cells, text))))
+    return text + " " * (width - cells(text))
 
 
 def table(rows: Sequence[Sequence[str]], state_column: int, colour: bool) -> list[str]:
     """Aligned columns of escaped texts; the first row is the heading."""
-    cells = [[cut(cell, MAX_COLUMN_CHARS) if number < len(row) - 1 else cell for number, cell in enumerate(row)]
-             for row in rows]  # fmt: skip
-    widths = [max(len(_pad(cell, 0)) for cell in column) for column in zip(*cells, strict=True)]
+    shown = [(*(cut(cell, MAX_COLUMN_CHARS) for cell in row[:-1]), row[-1]) for row in rows]
+    widths = [max(map(cells, column)) for column in zip(*shown, strict=True)]
     lines = []
-    for number, row in enumerate(cells):
+    for number, row in enumerate(shown):
         padded = [_pad(cell, width) for cell, width in zip(row, widths, strict=True)]
         if number:
             padded[state_column] = paint(padded[state_column], row[state_column], colour)
@@ -324,7 +318,7 @@ def frame(run: Run, now_sec: float, height: int, width: int, colour: bool) -> li
         urgent = sorted(steps, key=lambda record: (_URGENCY[record.state.value], -record.started_ms))[:room]
         shown = sorted(urgent, key=lambda record: record.index)
         rest = f"… and {len(steps) - len(shown)} more steps"
-    name_width = min(MAX_COLUMN_CHARS, max((len(_pad(escape(record.step.id), 0)) for record in shown), default=0))
+    name_width = min(MAX_COLUMN_CHARS, max((cells(escape(record.step.id)) for record in shown), default=0))
     rows = [_row(record, name_width, now_sec, width, colour) for record in shown]
     return [_coloured(cut(heading, width), run.state.value, colour), *rows, *([rest] if rest else [])][:height]
 
