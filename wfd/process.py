@@ -33,27 +33,32 @@ import re
 import resource
 import shlex
 import signal
+import stat
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wfd import machine
 from wfd.paths import AttemptFiles
 
 # Portable to dash, bash, busybox, mksh, zsh and bash 3.2. $1 command, $2 directory, $3 umask, $4 our own `ulimit` calls.
 #  * Only TERM is trapped, the rest ignored: the shim must outlive the signals that end the command, to record its end.
+#  * The command's own process writes the pid line, as the last thing before it becomes the command and with TERM at its
+#    default: a file without it proves that the command never began (a fork that failed, too), and a TERM sent after it
+#    cannot fall between the shim's trap and the command.
 #  * `kill -- -$$`, not `kill 0`: if setsid had failed, group 0 would be the daemon's.
 #  * After a TERM the rest of the group keeps its grace; the daemon sweeps it.
 #  * fds 8 and 9 only: two-digit fds fail in dash, mksh and zsh. The shim's own stderr is /dev/null (dash reports
 #    "Terminated" there); the command's is fd 8.
-#  * WFD_T is in the reserved name space, so that a variable t of the step's environment is not overwritten.
+#  * WFD_T and WFD_S are in the reserved name space, so that variables of the step's environment are not overwritten.
+#  * `||` after the subshell: bash as sh takes `errexit` from an inherited SHELLOPTS, and would die of the command's status.
+#  * OLDPWD would be the daemon's directory.
 SHIM = """\
-WFD_T=; trap '' HUP INT QUIT TSTP TTIN TTOU; trap WFD_T=1 TERM
-echo "pid $$" >&9 || exit 125
+WFD_T= WFD_S=0; trap '' HUP INT QUIT TSTP TTIN TTOU; trap WFD_T=1 TERM
 cd -- "$2" && umask "$3" || { echo "error cwd" >&9; exit 125; }
-(trap - HUP INT QUIT TERM TSTP TTIN TTOU; unset WFD_T; eval "$4"; exec /bin/sh -c "$1") 2>&8 8>&- 9>&-
-WFD_S=$?
+(trap - HUP INT QUIT TERM TSTP TTIN TTOU; unset WFD_T WFD_S OLDPWD; echo "pid $$" >&9 || exit 125
+exec 2>&8 8>&- 9>&-; eval "$4"; exec /bin/sh -c "$1") || WFD_S=$?
 echo "exit $WFD_S" >&9 || exit "$WFD_S"
 [ "$WFD_T" ] || kill -s KILL -- -$$
 exit "$WFD_S"
@@ -115,7 +120,8 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What the lock and the status file say. held: alive. pid: the shim's, and its group's number."""
+    """What the lock and the status file say. held: alive. pid: the shim's, and its group's number. error: "cwd", or
+    "strange" when what lies there is nothing that a shim of ours has written to."""
 
     held: bool
     exists: bool
@@ -136,7 +142,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an attempt ended. kind: "exited" (exit_code None: status unknown), "lost" or "not_started" (both with why)."""
+    """How an attempt ended. kind: "exited" (exit_code None: status unknown), "lost" or "not_started" (both with why);
+    or "stalled": its command never began because its shell was refused a process, so that it can be spawned again."""
 
     kind: str
     exit_code: int | None = None
@@ -175,9 +182,7 @@ def start(launch: Launch) -> int | Outcome:
         return _spawn(launch, status)
     except OSError as error:
         # Nothing was spawned: without its files the attempt is again one that nobody has begun.
-        for path in (files.status, files.out):
-            with suppress(OSError):
-                os.unlink(path)
+        remove(files)
         return _cannot_start(error)
     finally:
         # Close, never LOCK_UN: unlocking would unlock the shim's copy too, close only drops ours.
@@ -211,6 +216,13 @@ def _spawn(launch: Launch, status: int) -> int:
         setsigmask=[],
         setsigdef=_DEFAULT_SIGNALS,
     )
+
+
+def remove(files: AttemptFiles) -> None:
+    """Remove the files of an attempt that never began."""
+    for path in (files.status, files.out):
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _cannot_start(error: OSError) -> Outcome:
@@ -268,7 +280,13 @@ def probe(files: AttemptFiles) -> Status:
         fd = os.open(files.status, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return Status(held=False, exists=False)
+    except OSError:
+        if stat.S_ISREG(os.lstat(files.status).st_mode):
+            raise
+        return _STRANGE
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return _STRANGE
         try:
             # Shared: two probers must not take each other for a living shim.
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -281,7 +299,8 @@ def probe(files: AttemptFiles) -> Status:
 
 
 def _parse_status(held: bool, data: bytes) -> Status:
-    pid = exit_code = error = None
+    pid = exit_code = None
+    error = None if _STATUS_HEADER.startswith(data[: len(_STATUS_HEADER)]) else "strange"
     # Only newline-ended lines count: the last one may be half written.
     for line in data.split(b"\n")[:-1]:
         match = re.fullmatch(rb"(pid|exit|error) ([0-9]{1,10}|cwd)", line)
@@ -297,25 +316,30 @@ def _parse_status(held: bool, data: bytes) -> Status:
     return Status(held, True, pid, exit_code, error)
 
 
+_STRANGE = Status(held=False, exists=True, error="strange")
+
+
 def outcome_of(status: Status, *, is_ending: bool, rebooted: bool, exit: Exit | None) -> Outcome:
     """How the attempt ended whose lock is free. is_ending: a timeout or cancel is logged. exit: when we reaped it."""
     usage = exit.usage if exit else None
-    if status.exit_code is not None:
-        return Outcome("exited", status.exit_code, usage=usage)
-    if status.error is not None:
+    if status.error == "cwd":
         return Outcome("not_started", why="cwd", detail="the working directory cannot be entered")
+    if status.pid is not None and status.exit_code is not None:
+        return Outcome("exited", status.exit_code, usage=usage)
     if status.pid is not None and exit is not None and exit.code >= 0:
         # The shim could not write its last line, but we are its parent and were told.
         return Outcome("exited", exit.code, usage=usage)
     if is_ending:
-        if status.pid is not None or rebooted:
+        if status.pid is not None or status.error == "strange" or rebooted:
             return Outcome("exited", None, usage=usage)
         return Outcome("not_started", why="stopped", detail="it was ended before its command began")
     if rebooted:
         return Outcome("lost", why="rebooted")
-    if status.pid is None:
-        return Outcome("not_started", why="never_began", detail="its shell died before the command began")
-    return Outcome("lost", why="killed")
+    if status.pid is not None or status.error == "strange":
+        return Outcome("lost", why="killed")
+    if exit is not None and exit.code > 0:
+        return Outcome("stalled", why="its shell could not start another process")
+    return Outcome("not_started", why="never_began", detail="its shell died before the command began")
 
 
 # -- signal, sweep ------------------------------------------------------------------------------------------------------
@@ -368,14 +392,15 @@ class Attempt:
 
     def signal(self, number: int) -> bool:
         """Signal the group of a living attempt; False when that could not be done (any more, or yet). An unreaped child,
-        or a lock that is held, proves that the group's number is its own. Raises OSError."""
+        or a lock that is held, proves that the group's number is its own. A TERM waits until the command has begun: before,
+        it would reach the shim alone. Raises OSError."""
         if self.phase != "alive":
             return False
-        if not self.is_child:
+        if not self.is_child or number == signal.SIGTERM:
             status = probe(self.files)
-            self.pid = status.pid
-            if not status.held:
+            if status.pid is None or not (status.held or self.is_child):
                 return False
+            self.pid = status.pid
         return self.pid is not None and signal_group(self.pid, number)
 
     def reaped(self, exit: Exit) -> None:
@@ -388,7 +413,7 @@ class Attempt:
         None when nothing of it is alive. Raises OSError."""
         if self.phase == "alive":
             status = probe(self.files)
-            self.pid = status.pid
+            self.pid = status.pid or self.pid
             if status.held:
                 return ADOPTED_POLL_MS
             self.phase = "sweeping"
@@ -411,7 +436,11 @@ class Attempt:
 
     def settle(self, *, is_ending: bool, rebooted: bool) -> None:
         """It is over: find out how. Raises OSError."""
-        self.outcome = outcome_of(probe(self.files), is_ending=is_ending, rebooted=rebooted, exit=self.exit)
+        status = probe(self.files)
+        if self.pid is not None and (not status.exists or status.error == "strange"):
+            # Somebody took the file from under the shim, which had begun.
+            status = replace(status, pid=self.pid)
+        self.outcome = outcome_of(status, is_ending=is_ending, rebooted=rebooted, exit=self.exit)
         self.phase = "over"
 
 

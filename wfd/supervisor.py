@@ -326,6 +326,10 @@ class Supervisor:
             live.retry_at_ms = self.now_ms + RETRY_MS
             self._at(live.retry_at_ms, self._present_again, live)
 
+    def _stall_spawn(self, live: LiveRun, record: StepRecord, why: str) -> None:
+        live.is_spawn_stalled = True
+        self._stall(live, f"step {record.step.id!r} cannot be started: {why}")
+
     def _present_again(self, live: LiveRun) -> None:
         """Present everything again, from the state: ends, deadlines, steps that have no process."""
         live.retry_at_ms = None
@@ -381,17 +385,17 @@ class Supervisor:
         """Own a run that is on disk. One that is over is let go again at the end of the turn, unless a person retries it.
         Raises Damaged (then it is quarantined), OSError."""
         try:
+            environment = requests.load_environment(self.home.run(run_id), run_id)
             log_, run, torn_bytes, kept_as = journal.recover(self.home, run_id)
-            live = LiveRun(run, log_, requests.load_environment(self.home.run(run_id), run_id))
         except Damaged as error:
             self.quarantine(run_id, error.why)
             raise
+        live = LiveRun(run, log_, environment)
         live.torn_bytes, live.kept_as, live.retry_request = torn_bytes, kept_as, retry_request
         self.quarantined.pop(run_id, None)
         self._own(live)
-        for index in list(run.running):
-            record = run.steps[index]
-            self._adopt(live, record, record.is_rebooted or run.boot_id != self.boot_id)
+        for index in run.running:
+            self._adopt(live, run.steps[index])
         self._begin_session(live)
         self._look_at_all(live)
         return live
@@ -504,11 +508,10 @@ class Supervisor:
         try:
             begun = process.start(launch)
         except FileExistsError:
-            self._adopt(live, record, record.is_rebooted)
+            self._adopt(live, record)
             return
         except SpawnStalled as error:
-            live.is_spawn_stalled = True
-            self._stall(live, f"step {step.id!r} cannot be started: {error}")
+            self._stall_spawn(live, record, str(error))
             return
         if live.is_spawn_stalled:
             live.is_spawn_stalled, live.stalled = False, None
@@ -536,18 +539,16 @@ class Supervisor:
         live.attempts[record.index] = attempt
         return attempt
 
-    def _adopt(self, live: LiveRun, record: StepRecord, rebooted: bool) -> None:
+    def _adopt(self, live: LiveRun, record: StepRecord) -> None:
         """Take over an attempt that an earlier daemon had started, by the table of process.py."""
         files = live.journal.files.attempt(record.index + 1, record.step.id, record.attempt)
-        status = process.probe(files)
-        if not status.exists and not rebooted:
-            return
-        attempt = self._attempt(live, record, status.pid, is_child=False)
-        if rebooted:
-            attempt.settle(is_ending=live.run.ending_since_ms(record) is not None, rebooted=True)
-            self._over(live, record, attempt)
-        else:
+        if os.path.lexists(files.status) or self._is_rebooted(live, record):
+            attempt = self._attempt(live, record, None, is_child=False)
             self._at(self.now_ms, self._look, live, record.index, attempt)
+
+    def _is_rebooted(self, live: LiveRun, record: StepRecord) -> bool:
+        """Did the newest attempt start in another boot? The log says so from our session line on."""
+        return record.is_rebooted or live.run.boot_id != self.boot_id
 
     # -- deadlines and signals ------------------------------------------------------------------------------------
 
@@ -619,10 +620,11 @@ class Supervisor:
         if attempt.phase == "over":
             return
         record = live.run.steps[index]
+        rebooted = self._is_rebooted(live, record)
         try:
-            again_ms = attempt.look(in_grace=self._is_in_grace(live, record))
+            again_ms = None if rebooted else attempt.look(in_grace=self._is_in_grace(live, record))
             if again_ms is None:
-                attempt.settle(is_ending=live.run.ending_since_ms(record) is not None, rebooted=False)
+                attempt.settle(is_ending=live.run.ending_since_ms(record) is not None, rebooted=rebooted)
                 self._over(live, record, attempt)
                 return
         except OSError as error:
@@ -631,6 +633,11 @@ class Supervisor:
         self._at(self.now_ms + again_ms, self._look, live, index, attempt)
 
     def _over(self, live: LiveRun, record: StepRecord, attempt: Attempt) -> None:
+        if attempt.outcome is not None and attempt.outcome.kind == "stalled":
+            process.remove(attempt.files)
+            del live.attempts[record.index]
+            self._stall_spawn(live, record, attempt.outcome.why)
+            return
         attempt.phase = "over"
         live.ended[record.index] = None
         self._touched[live.run.run_id] = live
@@ -665,14 +672,12 @@ class Supervisor:
 
     def _serve(self, connection: Connection, request: Request) -> None:
         """Carry a request out in memory; its answer goes out when what it has changed is durable."""
-        problem = None
         try:
             live, build = requests.METHODS[request.method](self, connection, request.params)
-            self._replies.append((connection, request, live, build))
         except _REFUSALS as error:
-            problem = _problem_of(error)
-        if problem is not None:
-            self._refuse(connection, request, problem)
+            self._refuse(connection, request, _problem_of(error))
+        else:
+            self._replies.append((connection, request, live, build))
 
     def _send_replies(self) -> None:
         replies, self._replies = self._replies, []
