@@ -225,8 +225,10 @@ def _write_lock(lock: int, socket_path: str) -> None:
         "pid": os.getpid(), "socket": socket_path, "version": VERSION,
         "protocol_min": PROTOCOL_MIN, "protocol_max": PROTOCOL_MAX, "started_at": wall(),
     }  # fmt: skip
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, json.dumps(content).encode() + b"\n", 0)
+    data = json.dumps(content).encode() + b"\n"
+    # In place, and cut afterwards: on a full disk the file must not give back the block that it has.
+    os.pwrite(lock, data, 0)
+    os.ftruncate(lock, len(data))
 
 
 # -- sockets ------------------------------------------------------------------------------------------------------------

@@ -293,9 +293,13 @@ class Journal:
         self.seq = self.durable
 
     def refold(self) -> Run:
-        """The state that the durable part of the log tells. Raises Damaged, OSError."""
+        """The state that the durable part of the log tells. Raises Damaged."""
         # Read from our own descriptor and no further: a batch that failed may still lie behind the durable part.
-        run, reading = _fold(io.BytesIO(os.pread(self._fd, self.size, 0)), self.run_id)
+        try:
+            durable = os.pread(self._fd, self.size, 0)
+        except OSError as error:
+            raise Damaged(self.run_id, f"its log cannot be read: {error.strerror}") from None
+        run, reading = _fold(io.BytesIO(durable), self.run_id)
         if reading.end != self.size:
             raise Damaged(self.run_id, f"its log should have {self.size} durable bytes and has {reading.end}")
         return run
@@ -337,7 +341,7 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
     """A new run on disk, whole or not at all: live marker, directory, environment and line 1 are durable on return.
 
     Raises FileExistsError when the run exists, OSError when the disk refuses (then nothing of it is left)."""
-    files, building = home.run(run_id), RunFiles(f"{home.runs}/.new-{run_id}")
+    files, building = home.run(run_id), _building(home, run_id)
     if os.path.lexists(files.directory):
         raise FileExistsError(errno.EEXIST, "the run exists", files.directory)
     shutil.rmtree(building.directory, ignore_errors=True)
@@ -364,6 +368,17 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
             unmark_live(home, run_id)
         raise
     return Journal(files, run_id, fd, 1, len(line))
+
+
+def abandon(home: Home, run_id: str) -> None:
+    """Remove what a `create` that was killed has left of a run that never was."""
+    shutil.rmtree(_building(home, run_id).directory, ignore_errors=True)
+    unmark_live(home, run_id)
+
+
+def _building(home: Home, run_id: str) -> RunFiles:
+    # The leading dot keeps it from being taken for a run.
+    return RunFiles(f"{home.runs}/.new-{run_id}")
 
 
 def recover(home: Home, run_id: str) -> tuple[Journal, Run, int, str | None]:

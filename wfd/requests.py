@@ -49,7 +49,7 @@ def parse_environment(record: object) -> Environment:
         raise ValueError('environment must be {"env", "umask", "limits"}')
     env, umask, limits = record["env"], record["umask"], record["limits"]
     if not isinstance(env, dict) or not all(_is_variable(name, value) for name, value in env.items()):
-        raise ValueError("environment.env must map names to strings (no NUL, no = in a name)")
+        raise ValueError("environment.env must map names to strings (no NUL, no = in a name, no lone surrogate)")
     if type(umask) is not int or not 0 <= umask <= 0o777:
         raise ValueError("environment.umask must be a whole number from 0 to 511")
     if not isinstance(limits, dict) or not all(type(value) is int and value >= -1 for value in limits.values()):
@@ -58,7 +58,23 @@ def parse_environment(record: object) -> Environment:
 
 
 def _is_variable(name: str, value: object) -> bool:
-    return isinstance(value, str) and bool(name) and "\0" not in name + value and "=" not in name
+    return (
+        isinstance(value, str)
+        and bool(name)
+        and "\0" not in name + value
+        and "=" not in name
+        and _is_bytes(name)
+        and _is_bytes(value)
+    )
+
+
+def _is_bytes(text: str) -> bool:
+    """Does the text stand for bytes? Those that are no UTF-8 come as the surrogates of PEP 383, no others do."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_environment(files: RunFiles, run_id: str) -> Environment:
@@ -100,7 +116,7 @@ def _submit(supervisor: Supervisor, connection: Connection, params: dict[str, ob
         raise ProtocolError(protocol.SHUTTING_DOWN, "the daemon is shutting down and takes no more runs")
     if not is_run_id(run_id):
         raise ProtocolError(protocol.INVALID_PARAMS, f"{run_id!r} is no run id ({RUN_ID_RULE})")
-    if not cwd.startswith("/") or "\0" in cwd:
+    if not cwd.startswith("/") or "\0" in cwd or not _is_bytes(cwd):
         raise ProtocolError(protocol.INVALID_PARAMS, "cwd must be an absolute path")
     try:
         environment = parse_environment(params["environment"])
@@ -114,7 +130,9 @@ def _submit(supervisor: Supervisor, connection: Connection, params: dict[str, ob
     existing = _existing(supervisor, run_id)
     if existing is not None and existing != workflow:
         raise ProtocolError(protocol.RUN_EXISTS, f"run {run_id} exists and has another definition: choose another id")
-    if existing is None:
+    if existing is not None:
+        _find(supervisor, params)
+    else:
         supervisor.create(RunSubmitted(run_id, FORMAT, RULES, supervisor.boot_id, cwd, workflow), environment)
     return None, lambda: {
         "run_id": run_id,
@@ -141,7 +159,8 @@ def _find(supervisor: Supervisor, params: dict[str, object]) -> tuple[str, LiveR
     assert isinstance(run_id, str)
     live = supervisor.live.get(run_id)
     if live is not None:
-        return run_id, None if live.run.is_over else live
+        # Perhaps it is over in memory, but then its end is not durable yet.
+        return run_id, live
     if run_id in supervisor.quarantined:
         raise Damaged(run_id, supervisor.quarantined[run_id])
     files = supervisor.home.run(run_id)
@@ -151,8 +170,7 @@ def _find(supervisor: Supervisor, params: dict[str, object]) -> tuple[str, LiveR
     if last is not None and isinstance(last.event, RunFinished):
         return run_id, None
     journal.mark_live(supervisor.home, run_id)
-    live = supervisor.take_over(run_id)
-    return run_id, None if live.run.is_over else live
+    return run_id, supervisor.take_over(run_id)
 
 
 def _state_of(supervisor: Supervisor, run_id: str) -> str:
@@ -198,7 +216,13 @@ def _summary(live: LiveRun) -> dict[str, object]:
 
 
 def _cancel(supervisor: Supervisor, connection: Connection, params: dict[str, object]) -> _Answer:
-    run_id, live = _find(supervisor, params)
+    try:
+        run_id, live = _find(supervisor, params)
+    except OSError as error:
+        # Taking a run over needs room on the disk, too.
+        if not supervisor.give_up_reserve(error):
+            raise
+        run_id, live = _find(supervisor, params)
     if live is not None:
         supervisor.cancel(live, str(params["request"]))
     return live, lambda: {"run_id": run_id, "state": _state_of(supervisor, run_id)}

@@ -140,6 +140,8 @@ class Supervisor:
         self._serial = itertools.count()
         self._requests: deque[tuple[Connection, Request]] = deque()
         self._replies: list[_Reply] = []
+        # Runs whose batch of this turn did not become durable.
+        self._failed: dict[str, None] = {}
         self._is_checking_outputs = False
 
     # -- the turn -------------------------------------------------------------------------------------------------
@@ -162,6 +164,7 @@ class Supervisor:
             self._guard(live, self._act)
             self._guard(live, self._let_go_if_over)
         self._send_replies()
+        self._failed.clear()
         self.watchers.feed()
 
     def _wait(self, until_ms: int | None) -> None:
@@ -195,7 +198,9 @@ class Supervisor:
             elif self._is_current(arguments):
                 self._guard(arguments[0], call, *arguments[1:])
         if len(self._timers) > 2 * self._timers_kept + TIMERS_SLACK:
-            self._timers = [timer for timer in self._timers if self._is_current(timer[3])]
+            # A stalled run sets its timers again each time it is presented again: one of each is enough.
+            current = (timer for timer in self._timers if self._is_current(timer[3]))
+            self._timers = list({(due_ms, call, of): (due_ms, n, call, of) for due_ms, n, call, of in current}.values())
             heapq.heapify(self._timers)
             self._timers_kept = len(self._timers)
 
@@ -218,6 +223,8 @@ class Supervisor:
             call(live, *arguments)
         except Damaged as error:
             self.quarantine(live.run.run_id, error.why)
+        except OSError as error:
+            self._stall(live, f"the system refuses: {error.strerror or error}")
         except (AssertionError, Impossible, KeyError, ValueError) as error:
             self.quarantine(live.run.run_id, f"the daemon's own check failed: {error!r}")
 
@@ -275,6 +282,7 @@ class Supervisor:
 
     def _commit(self, live: LiveRun) -> None:
         if not live.journal.has_pending:
+            self._unstall(live)
             return
         try:
             self._commit_batch(live)
@@ -293,16 +301,15 @@ class Supervisor:
             del live.ended[index], live.attempts[index]
         if live.is_session_durable:
             live.torn_bytes, live.kept_as = 0, None
-        if live.stalled is not None and not live.is_spawn_stalled and live.retry_at_ms is None:
-            live.stalled = None
-            self.make_reserve()
+        self._unstall(live)
         self.watchers.committed(Batch(live.run.run_id, start, batch))
 
     def _after_failed_commit(self, live: LiveRun, error: CommitFailed) -> None:
         """The batch is gone: take the state from the disk. A cancel gets a second try in the room of the reserve."""
         request = live.cancel_request
         self._refold(live)
-        if request is not None and error.errno in _DISK_FULL and self._give_up_reserve():
+        is_ending = request is not None or live.run.is_stopping
+        if is_ending and self.give_up_reserve(error) and request is not None:
             self.cancel(live, request)
             try:
                 self._commit_batch(live)
@@ -310,6 +317,7 @@ class Supervisor:
             except CommitFailed as again:
                 error = again
                 self._refold(live)
+        self._failed[live.run.run_id] = None
         self._stall(live, f"its log cannot be written: {error}")
 
     def _refold(self, live: LiveRun) -> None:
@@ -325,6 +333,12 @@ class Supervisor:
         if live.retry_at_ms is None:
             live.retry_at_ms = self.now_ms + RETRY_MS
             self._at(live.retry_at_ms, self._present_again, live)
+
+    def _unstall(self, live: LiveRun) -> None:
+        """Its log could be written, or there was nothing to write."""
+        if live.stalled is not None and not live.is_spawn_stalled and live.retry_at_ms is None:
+            live.stalled = None
+            self.make_reserve()
 
     def _stall_spawn(self, live: LiveRun, record: StepRecord, why: str) -> None:
         live.is_spawn_stalled = True
@@ -344,14 +358,23 @@ class Supervisor:
         self._offer(live)
 
     def make_reserve(self) -> None:
-        """The file that is given up when the disk is full. It must really take its room, so it holds no holes."""
-        with suppress(OSError):
-            if not os.path.exists(self.home.reserve):
-                fd = os.open(self.home.reserve, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                with open(fd, "wb") as file:
-                    file.write(b"\1" * RESERVE_BYTES)
+        """The file that is given up when the disk is full. It must really take its room, so it holds no holes; half of it
+        would take the room that others need."""
+        try:
+            fd = os.open(self.home.reserve, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return
+        try:
+            with open(fd, "wb") as file:
+                file.write(b"\1" * RESERVE_BYTES)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(self.home.reserve)
 
-    def _give_up_reserve(self) -> bool:
+    def give_up_reserve(self, error: OSError | CommitFailed) -> bool:
+        """Make room for the end of a run, if the disk is full and there is any to make."""
+        if error.errno not in _DISK_FULL:
+            return False
         try:
             os.unlink(self.home.reserve)
         except OSError:
@@ -369,7 +392,7 @@ class Supervisor:
                 self._try_take_over(run_id)
             else:
                 # The crash came between the marker and the run: nobody was told of it.
-                journal.unmark_live(self.home, run_id)
+                journal.abandon(self.home, run_id)
 
     def _try_take_over(self, run_id: str) -> None:
         if run_id in self.live:
@@ -396,8 +419,10 @@ class Supervisor:
         self._own(live)
         for index in run.running:
             self._adopt(live, run.steps[index])
-        self._begin_session(live)
-        self._look_at_all(live)
+        self._guard(live, self._begin_session)
+        self._guard(live, self._look_at_all)
+        if run_id in self.quarantined:
+            raise Damaged(run_id, self.quarantined[run_id])
         return live
 
     def create(self, submitted: RunSubmitted, environment: requests.Environment) -> None:
@@ -505,17 +530,19 @@ class Supervisor:
         environ = live.environ | process.environment(step.env) | self._marks(live, record)
         files = live.journal.files.attempt(record.index + 1, step.id, record.attempt)
         launch = Launch(files, step.command, step.cwd or run.workflow.cwd or run.cwd, live.umask, live.limits, environ)
+        begun: int | Outcome | None = None
         try:
             begun = process.start(launch)
         except FileExistsError:
             self._adopt(live, record)
-            return
         except SpawnStalled as error:
             self._stall_spawn(live, record, str(error))
             return
         if live.is_spawn_stalled:
             live.is_spawn_stalled, live.stalled = False, None
             self._touched[run.run_id] = live
+        if begun is None:
+            return
         if isinstance(begun, Outcome):
             failed = self._attempt(live, record, None, is_child=True)
             failed.outcome = begun
@@ -696,7 +723,7 @@ class Supervisor:
         run_id = live.run.run_id
         if run_id in self.quarantined:
             raise Damaged(run_id, self.quarantined[run_id])
-        if live.retry_at_ms is not None:
+        if run_id in self._failed:
             why = f"run {run_id} is stalled, nothing was changed: {live.stalled}"
             raise ProtocolError(protocol.STALLED, why)
 
