@@ -379,8 +379,7 @@ def _replay_record(result: history.Replay) -> dict[str, object]:
         "run_id": result.run.run_id,
         "verified": result.verified,
         "lines": result.lines,
-        "difference": difference
-        and {"seq": difference.seq, "expected": difference.expected, "found": difference.found},
+        "difference": difference and {"seq": difference.seq, "expected": difference.expected, "found": difference.found},
         "state": state["state"],
         "torn_bytes": result.torn_bytes,
         "steps": state["steps"],

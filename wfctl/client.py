@@ -307,7 +307,6 @@ def start_daemon(home: Home, line: bytes) -> Connection:
     reap_daemons()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        theirs.set_inheritable(True)
         # What fits goes first, so that the daemon finds it; the rest of a long request when somebody reads.
         ours.setblocking(False)
         sent = ours.send(line)
@@ -324,32 +323,40 @@ def start_daemon(home: Home, line: bytes) -> Connection:
 
 
 # Daemons that this process has started and that have not been waited for: zombies, once they end before us.
-_children: list[int] = []
+_children: set[int] = set()
+# The daemon's name for its end of the hand-over.
+_HANDOVER_FD = 3
 
 
-def _spawn(home: Home, handover_fd: int) -> None:
+def _spawn(home: Home, theirs: int) -> None:
+    import fcntl
+
     import wfd
 
     os.makedirs(home.directory, mode=0o700, exist_ok=True)
     log = os.open(home.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    # Copies out of the way of 0 to 3, so that no step below overwrites what the next one needs. They stay closed on exec:
+    # an inheritable end would also reach a daemon that another thread starts now, and we would never see it closed.
+    sources = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HANDOVER_FD + 1) for fd in (log, theirs)]
+    os.close(log)
     try:
         environ = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         # The directory or zip file that the package was found in, so that the daemon is of the same version.
         environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(wfd.__file__)))
         arguments = [
             sys.executable, "-P", "-m", "wfd",
-            "--home", home.directory, "--handover-fd", str(handover_fd), "--idle-exit-sec", str(IDLE_EXIT_SEC),
+            "--home", home.directory, "--handover-fd", str(_HANDOVER_FD), "--idle-exit-sec", str(IDLE_EXIT_SEC),
         ]  # fmt: skip
         actions = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_DUP2, log, 1),
-            (os.POSIX_SPAWN_DUP2, log, 2),
+            (os.POSIX_SPAWN_DUP2, sources[0], 1),
+            (os.POSIX_SPAWN_DUP2, sources[0], 2),
+            (os.POSIX_SPAWN_DUP2, sources[1], _HANDOVER_FD),
         ]
-        _children.append(
-            os.posix_spawn(sys.executable, arguments, environ, file_actions=actions, setsid=True, setsigmask=())
-        )
+        _children.add(os.posix_spawn(sys.executable, arguments, environ, file_actions=actions, setsid=True, setsigmask=()))
     finally:
-        os.close(log)
+        for fd in sources:
+            os.close(fd)
 
 
 def reap_daemons() -> None:
@@ -360,7 +367,7 @@ def reap_daemons() -> None:
                 continue
         except ChildProcessError:
             pass
-        _children.remove(pid)
+        _children.discard(pid)
 
 
 def greet(home: Home) -> dict[str, object]:

@@ -53,7 +53,7 @@ def resolve(home: Home, text: str) -> str:
         if not ids:
             raise NoSuchRun(f"there are no runs in {home.directory}")
         return ids[0]
-    if not is_run_id(text + "0"):
+    if not (text and is_run_id(f"0{text}0")):
         raise NoSuchRun(f"{text!r} is no run id or part of one ({RUN_ID_RULE})")
     found = [run_id for run_id in run_ids(home) if run_id.startswith(text) or run_id.endswith(text)]
     if len(found) == 1:
