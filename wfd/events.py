@@ -336,15 +336,16 @@ def seed(run_id: str) -> int:
 
 def encode(line: Line, crc_seed: int) -> bytes:
     """The line's bytes, newline included."""
-    event = line.event
-    record: dict[str, object] = {
-        "seq": line.seq, "at": line.at, "mono_ms": line.mono_ms, "durable": line.durable, "event": event.name,
-    }  # fmt: skip
+    seq, at, mono_ms, durable, event = line
+    # Joined by hand: the encoder sets itself up anew for every object, and is quick only for a string. Half the time.
+    text = f'{{"seq":{seq},"at":{_encode(at)},"mono_ms":{mono_ms},"durable":{durable},"event":"{event.name}"'
     for name in _FIELDS[type(event)]:
         value = getattr(event, name)
-        if value is not None:
-            record[name] = definition.to_record(value) if name == "workflow" else value
-    body = _encode(record)[:-1].encode("ascii") + _CRC_KEY
+        if type(value) is int:
+            text += f',"{name}":{value}'
+        elif value is not None:
+            text += f',"{name}":{_encode(definition.to_record(value) if name == "workflow" else value)}'
+    body = text.encode("ascii") + _CRC_KEY
     return b"%b%08x%b\n" % (body, zlib.crc32(body, crc_seed), _CRC_END)
 
 
