@@ -145,6 +145,7 @@ class Connection:
 
 
 def parse(line: bytes) -> dict[str, object]:
+    """What the daemon says in a line: a reply or a notification. Raises DaemonUnavailable when it is neither."""
     try:
         return protocol.parse_message(line)
     except ProtocolError as error:
