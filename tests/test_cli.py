@@ -54,6 +54,8 @@ class Case(unittest.TestCase):
         self.daemon = Daemon()
         self.addCleanup(self.daemon.clean)
         self.environ: dict[str, str] = {**self.daemon.environ, "LC_ALL": "C.UTF-8"}
+        # Buffered as at home, whatever this machine is set to.
+        self.environ.pop("PYTHONUNBUFFERED", None)
 
     def popen(self, *arguments: str, program: tuple[str, ...] = PROGRAM, **settings: Any) -> subprocess.Popen[bytes]:
         settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}

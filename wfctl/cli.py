@@ -77,12 +77,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Nothing that is still buffered can go anywhere: let the interpreter's last flush succeed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_unwritable_output()
         return READER_GONE
     except OSError as error:
+        _drop_unwritable_output()
         where = f"{error.filename}: " if error.filename else ""
         return _report(UsageError(f"{where}{error.strerror or error}"), "--json" in arguments)
+
+
+def _drop_unwritable_output() -> None:
+    """What is still buffered and cannot go anywhere must not fail once more at the end of the process."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:
