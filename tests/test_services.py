@@ -18,9 +18,10 @@ import sys
 import tempfile
 import unittest
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from tests.daemon import DEADLINE_SEC, ROOT, Client, Daemon, step
+from tests.daemon import DEADLINE_SEC, ROOT, Client, Daemon, step, wait_until
 from wfd import machine
 from wfd.paths import Home, default_home
 
@@ -297,8 +298,16 @@ def begin(daemon: Daemon) -> str:
 
 def finish(test: unittest.TestCase, daemon: Daemon, run_id: str) -> None:
     """Let the step go. It must have been adopted once: its first attempt ends, with its own exit status."""
-    with open(f"{daemon.directory}/go", "w", encoding="utf-8") as pipe:
-        pipe.write("\n")
+
+    def open_pipe() -> int:
+        # Without O_NONBLOCK this would wait without end for a step that is not there any more.
+        with suppress(OSError):
+            return os.open(f"{daemon.directory}/go", os.O_WRONLY | os.O_NONBLOCK)
+        return 0
+
+    pipe = wait_until(open_pipe, "the step to read from its pipe", daemon.explain)
+    os.write(pipe, b"\n")
+    os.close(pipe)
     test.assertEqual(daemon.wait_for(run_id).state, "FAILED")
     daemon.wait_for_event(run_id, "attempt_exited", attempt=1, exit_code=7)
     test.assertEqual(daemon.names(run_id).count("supervisor_started"), 2)
