@@ -92,7 +92,7 @@ class OneFile(unittest.TestCase):
 
 
 def build(program: str, staging: str) -> None:
-    """The recipe of README.md. Not `workflow:main`: a zip file drops what its main returns, and so the exit code."""
+    """The recipe of README.md."""
     os.mkdir(staging)
     shutil.copy(f"{ROOT}/workflow.py", staging)
     for name in PACKAGES:
