@@ -491,7 +491,7 @@ class FailedCommits(OnDisk):
         self.assertEqual((line.seq, line.durable), (len(committed) + 1, len(committed)))
         log.commit()
         self.assertEqual(read(log.files), logs.encode([*committed, line]))
-        self.assertEqual(log.refold().request, "request-2")
+        self.assertEqual(log.refold().requests, {"request-2"})
 
     def begin(self) -> tuple[Journal, list[Line]]:
         """A run with some lines, and a batch that waits."""

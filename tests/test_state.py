@@ -130,7 +130,7 @@ def snapshot(value: Any) -> Any:
         return {name: snapshot(inner) for name, inner in vars(value).items()}
     if isinstance(value, (list, deque)):
         return [snapshot(inner) for inner in value]
-    return dict(value) if isinstance(value, dict) else value
+    return value.copy() if isinstance(value, (dict, set)) else value
 
 
 class Table(unittest.TestCase):
@@ -370,6 +370,14 @@ class Sessions(unittest.TestCase):
         log.write(logs.session("boot-3"))
         self.assertEqual(log.run.ending_since_ms(log.record("b")), 5)
 
+    def test_only_attempts_that_were_live_then_are_known_to_be_from_before_the_reboot(self) -> None:
+        log = Log(workflow(step("a"), step("b"))).start("a").write(logs.session("boot-1"))
+        self.assertFalse(log.record("a").is_rebooted)
+        log.write(logs.session("boot-2")).start("b")
+        self.assertEqual((log.record("a").is_rebooted, log.record("b").is_rebooted), (True, False))
+        log.lose("a", "rebooted").start("a")
+        self.assertFalse(log.record("a").is_rebooted)
+
     def test_the_runs_timeout_counts_what_the_log_saw_of_each_boot(self) -> None:
         log = Log(workflow(step("a"), step("b"), timeout_sec=60))
         log.now_ms = 21_000
@@ -394,6 +402,14 @@ class Sessions(unittest.TestCase):
                 log.write(logs.session("boot-2"))
                 self.assertEqual(log.run.deadline_ms(), mono_ms + 60_000 - 20_000)
 
+    def test_after_a_repair_and_its_session_line_the_clock_goes_on(self) -> None:
+        log = Log(workflow(step("a"), timeout_sec=60)).write(LogRecovered(17), logs.session("boot-1"))
+        log.now_ms = 21_000
+        log.start("a")
+        log.now_ms = 5
+        log.write(logs.session("boot-2"))
+        self.assertEqual(log.run.deadline_ms(), 5 + 60_000 - 20_000)
+
 
 class RetriedRuns(unittest.TestCase):
     def retried(self, log: Log) -> Log:
@@ -405,7 +421,7 @@ class RetriedRuns(unittest.TestCase):
         log = self.retried(Log(chain).start("a").exit("a", 0).start("b").exit("b", 1))
         self.assertEqual(log.states(), {"a": "SUCCEEDED", "b": "READY", "c": "PENDING"})
         self.assertEqual(log.run.state, "RUNNING")
-        self.assertEqual((log.run.reason, log.run.finished_at, log.run.request), ("", None, "again"))
+        self.assertEqual((log.run.reason, log.run.finished_at, log.run.requests), ("", None, {"again"}))
         self.assertEqual(log.run.deadline_ms(), log.now_ms + 60_000)
         self.assertIsNone(log.record("c").blocked_by)
         log.start("b")
@@ -441,6 +457,21 @@ class RetriedRuns(unittest.TestCase):
         self.assertEqual(self.retried(log).start("a").exit("a", 0).run.state, "SUCCEEDED")
 
 
+class Counts(unittest.TestCase):
+    def test_failures_and_losses_of_a_step(self) -> None:
+        log = Log(workflow(step("a", retries=1, backoff={"initial_sec": 0})))
+        counts = []
+        for end in (log.lose, lambda id: log.not_started(id, "never_began"), lambda id: log.exit(id, 1), log.lose, log.lose):
+            log.start("a")
+            end("a")
+            counts.append((log.record("a").failures, log.record("a").losses))
+        self.assertEqual(counts, [(0, 1), (0, 2), (1, 2), (1, 3), (1, 4)])
+        log.write(RunRetried("again"))
+        self.assertEqual((log.record("a").failures, log.record("a").losses), (0, 0))
+        log.start("a").exit("a", 1).start("a").not_started("a", "cwd")
+        self.assertEqual((log.record("a").failures, log.record("a").losses), (2, 0))
+
+
 class Fold(unittest.TestCase):
     def test_equal_lines_make_equal_states(self) -> None:
         for seed in range(100):
@@ -469,6 +500,22 @@ class Fold(unittest.TestCase):
         rows = {row["id"]: row for row in log.run.describe()["steps"]}  # type: ignore[attr-defined]
         self.assertEqual((rows["a"]["state"], rows["a"]["reason"], rows["a"]["attempt"]), ("FAILED", "exit", 2))
         self.assertEqual((rows["b"]["state"], rows["b"]["because"]), ("SKIPPED", "a"))
+
+    def test_describe_tells_of_the_newest_attempt_alone(self) -> None:
+        log = Log(workflow(step("a", retries=1))).start("a").exit("a", 3)
+        self.assertEqual(row_of(log, "attempt", "exit_code", "reason", "delay_ms"), [1, 3, "exit", 1_000])
+        log.now_ms += 1_000
+        log.start("a")
+        self.assertEqual(row_of(log, "attempt", "exit_code", "reason", "finished_at", "delay_ms"), [2, None, None, None, 0])
+        self.assertEqual(row_of(log, "started_at"), [logs.AT])
+        log.exit("a", 0)
+        self.assertEqual(row_of(log, "exit_code", "reason", "finished_at"), [0, None, logs.AT])
+
+
+def row_of(log: Log, *names: str) -> list[object]:
+    """These columns of the first step."""
+    row = log.run.describe()["steps"][0]  # type: ignore[index]
+    return [row[name] for name in names]
 
 
 if __name__ == "__main__":

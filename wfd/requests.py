@@ -238,7 +238,7 @@ def _retry(supervisor: Supervisor, connection: Connection, params: dict[str, obj
             raise ProtocolError(protocol.NOT_FINISHED, f"run {run_id} SUCCEEDED: there is nothing to try again")
         journal.mark_live(supervisor.home, run_id)
         live = supervisor.take_over(run_id, retry_request=request)
-    elif live.run.request != request:
+    elif request not in live.run.requests:
         raise ProtocolError(protocol.NOT_FINISHED, f"run {run_id} is not over: cancel it or wait for its end first")
     return live, lambda: {"run_id": run_id, "state": _state_of(supervisor, run_id)}
 
@@ -267,7 +267,7 @@ def _shutdown(supervisor: Supervisor, connection: Connection, params: dict[str, 
     if params.get("cancel_runs"):
         supervisor.is_draining = True
         for live in list(supervisor.live.values()):
-            supervisor.cancel(live, f"shutdown-{os.getpid()}")
+            supervisor.cancel(live, f"shutdown-{os.getpid()}-{live.run.seq}")
     else:
         supervisor.is_stopping = True
     return None, dict

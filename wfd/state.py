@@ -173,6 +173,7 @@ class Run:
     mono_ms        of the newest line that is known to be of the boot `boot_id`
     due            steps about which something must be decided, in order
     stop_ms        mono_ms of the first cancel or run timeout; from then on nothing starts
+    requests       the ids of all cancels and retries: one that is repeated changes nothing
     elapsed_ms     awake time of the run before the boot that `origin_ms` belongs to
     """
 
@@ -186,7 +187,7 @@ class Run:
         self.boot_id = event.boot_id
         self.state = RunState.RUNNING
         self.reason = ""
-        self.request: str | None = None
+        self.requests: set[str] = set()
         self.submitted_at = line.at
         self.finished_at: str | None = None
         self.seq = 1
@@ -341,7 +342,7 @@ class Run:
 
     def _stop(self, line: Line, event: RunCancelRequested | RunTimedOut) -> None:
         if isinstance(event, RunCancelRequested):
-            self.request = event.request
+            self.requests.add(event.request)
         else:
             self.timed_out = True
         if self.stop_ms is None:
@@ -370,7 +371,8 @@ class Run:
                 self._make_ready(record, line.mono_ms, record.delay_ms)
 
     def _retry(self, line: Line, event: RunRetried) -> None:
-        self.request, self.reason, self.finished_at, self.stop_ms = event.request, "", None, None
+        self.requests.add(event.request)
+        self.reason, self.finished_at, self.stop_ms = "", None, None
         self.timed_out, self.failed, self.elapsed_ms, self.origin_ms = False, 0, 0, line.mono_ms
         for record in self.steps:
             again = STEP_TRANSITIONS.get((record.state, RunRetried))

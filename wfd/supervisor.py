@@ -267,14 +267,14 @@ class Supervisor:
         if live.torn_bytes or decide.next_decision(live.run) is not None:
             self._write(live, LogRecovered(live.torn_bytes, live.kept_as))
             self._decide(live)
-        if live.retry_request is not None and live.run.is_over:
+        if live.retry_request is not None and live.run.is_over and live.retry_request not in live.run.requests:
             self.write_fact(live, RunRetried(live.retry_request))
         if not live.run.is_over:
             self._write(live, SupervisorStarted(FORMAT, RULES, VERSION, self.boot_id, self.host))
 
     def cancel(self, live: LiveRun, request: str) -> None:
-        """Write a cancel, unless the run is being cancelled already or is over."""
-        if live.run.state is RunState.RUNNING:
+        """Write a cancel, unless this one was carried out before, or the run is being cancelled already or is over."""
+        if live.run.state is RunState.RUNNING and request not in live.run.requests:
             live.cancel_request = request
             if not live.is_in_session:
                 self._begin_session(live)
