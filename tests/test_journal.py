@@ -322,7 +322,7 @@ class TornTails(OnDisk):
                         torn = [Path(files.directory, name) for name in names if name.startswith("torn-")]
                         self.assertEqual([path.read_bytes() for path in torn], [cut[len(good) :]])
                         self.assertNotIn("events.ndjson.new", names)
-            self.assertEqual(turn, 3, "the copy of the tail, the log, their directory")
+            self.assertEqual(turn, 4, "the names of the runs, the copy of the tail, the log, their directory")
 
 
 class Damage(OnDisk):

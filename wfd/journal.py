@@ -390,6 +390,8 @@ def recover(home: Home, run_id: str) -> tuple[Journal, Run, int, str | None]:
     files = home.run(run_id)
     run, reading = fold(files, run_id)
     _check_attempts(files, run)
+    # Whoever created the run may have been killed between its rename and this sync: its name is not durable yet.
+    sync_directory(home.runs)
     with open_log(files, run_id) as file:
         kept_as = _keep_torn_tail(files, file, reading) if reading.torn_bytes else None
         fd = _copy_to_new_inode(files, file.fileno(), reading.end)
