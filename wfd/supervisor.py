@@ -418,7 +418,9 @@ class Supervisor:
         self.quarantined.pop(run_id, None)
         self._own(live)
         for index in run.running:
-            self._adopt(live, run.steps[index])
+            # Where the log has the attempt's end already, only the decision on it was torn off.
+            if run.steps[index].outcome is None:
+                self._adopt(live, run.steps[index])
         self._guard(live, self._begin_session)
         self._guard(live, self._look_at_all)
         if run_id in self.quarantined:
