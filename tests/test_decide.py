@@ -194,6 +194,15 @@ class Delays(unittest.TestCase):
             with self.subTest(backoff=backoff, draw_ppm=draw_ppm):
                 self.assertEqual(tuple(backoff.delay_ms(count, draw_ppm) for count in failures), delays)
 
+    def test_the_last_draw_is_the_one_that_counts_and_a_lost_attempt_has_none(self) -> None:
+        day = {"initial_sec": 86_400, "max_sec": 86_400, "jitter": 1}
+        log = Log(workflow(step("a", retries=9, timeout_sec=1, backoff=day))).start("a").exit("a", 1, 500_000)
+        self.assertEqual(log.record("a").delay_ms, 43_200_000)
+        log.now_ms += 43_200_000
+        log.start("a")
+        log.now_ms += 1_000
+        self.assertEqual(log.time_out("a").lose("a").record("a").delay_ms, 86_400_000)
+
     def test_they_follow_the_failures_of_this_step_since_the_last_retry_by_hand(self) -> None:
         log = Log(workflow(step("a", retries=3, backoff={"initial_sec": 1, "factor": 2, "max_sec": 3})))
         delays = []
@@ -497,13 +506,15 @@ class Forgeries(unittest.TestCase):
             (early, AttemptExited("a", 1, 1, 1_000_000), "draw_ppm from 0 to 999999"),
             (early, AttemptExited("b", 1, 1, 5), "draw_ppm absent (no jitter)"),
             (early, AttemptNotStarted("a", 1, "cwd", ""), "draw_ppm from 0 to 999999"),
+            (Log(workflow(step("a", backoff={"jitter": 0.001}))).start("a"), AttemptExited("a", 1, 1),
+             "draw_ppm from 0 to 999999"),
             (no_limit, AttemptExited("a", 1, None), "an event that can follow"),
             (no_limit, AttemptExited("a", 2, 0), "an event that can follow"),
             (no_limit, AttemptExited("z", 1, 0), "an event that can follow"),
             (no_limit, RunRetried("again"), "an event that can follow"),
             (Log(workflow()).start("a").exit("a", 0), logs.session(), "an event that can follow"),
             (no_limit, no_limit.lines[0].event, "an event that can follow"),
-        )
+        )  # fmt: skip
         for log, fact, expected in cases:
             self.assertIsInstance(fact, Fact)
             self.forge(log, fact, expected)

@@ -82,6 +82,9 @@ class Homes(unittest.TestCase):
     def test_runtime_directory(self) -> None:
         self.assertEqual(runtime_directory({"XDG_RUNTIME_DIR": "/run/user/7"}, 7), "/run/user/7/wfd")
         self.assertEqual(runtime_directory({}, 7), "/tmp/wfd-7")
+        longest = "/" + "r" * 59
+        self.assertEqual(runtime_directory({"XDG_RUNTIME_DIR": longest}, 7), longest + "/wfd")
+        self.assertEqual(runtime_directory({"XDG_RUNTIME_DIR": longest + "r"}, 7), "/tmp/wfd-7")
 
 
 class AttemptNames(unittest.TestCase):
