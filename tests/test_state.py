@@ -331,6 +331,14 @@ class Deadlines(unittest.TestCase):
         self.assertEqual(log.run.ending_since_ms(log.record("a")), 6_000)
         self.assertIsNone(Log(workflow()).run.deadline_ms())
 
+    def test_a_cancel_and_a_timeout_are_not_taken_for_each_other(self) -> None:
+        log = Log(workflow(timeout_sec=5)).start("a").cancel()
+        self.assertEqual((log.run.timed_out, log.run.requests), (False, {"request-1"}))
+        late = Log(workflow(timeout_sec=5)).start("a")
+        late.now_ms += 5_000
+        late.write(RunTimedOut())
+        self.assertEqual((late.run.timed_out, late.run.requests), (True, set()))
+
     def test_none_after_a_cancel_or_the_end(self) -> None:
         log = Log(workflow(step("a", timeout_sec=2), timeout_sec=5)).start("a").cancel()
         self.assertIsNone(log.run.deadline_ms())
@@ -461,9 +469,14 @@ class Counts(unittest.TestCase):
     def test_failures_and_losses_of_a_step(self) -> None:
         log = Log(workflow(step("a", retries=1, backoff={"initial_sec": 0})))
         counts = []
-        for end in (log.lose, lambda id: log.not_started(id, "never_began"), lambda id: log.exit(id, 1), log.lose, log.lose):
+        for end in ("lost", "never_began", 1, "lost", "lost"):
             log.start("a")
-            end("a")
+            if end == "lost":
+                log.lose("a")
+            elif end == "never_began":
+                log.not_started("a", "never_began")
+            else:
+                log.exit("a", 1)
             counts.append((log.record("a").failures, log.record("a").losses))
         self.assertEqual(counts, [(0, 1), (0, 2), (1, 2), (1, 3), (1, 4)])
         log.write(RunRetried("again"))
@@ -506,8 +519,8 @@ class Fold(unittest.TestCase):
         self.assertEqual(row_of(log, "attempt", "exit_code", "reason", "delay_ms"), [1, 3, "exit", 1_000])
         log.now_ms += 1_000
         log.start("a")
-        self.assertEqual(row_of(log, "attempt", "exit_code", "reason", "finished_at", "delay_ms"), [2, None, None, None, 0])
-        self.assertEqual(row_of(log, "started_at"), [logs.AT])
+        self.assertEqual(row_of(log, "attempt", "delay_ms", "started_at"), [2, 0, logs.AT])
+        self.assertEqual(row_of(log, "exit_code", "reason", "finished_at"), [None, None, None])
         log.exit("a", 0)
         self.assertEqual(row_of(log, "exit_code", "reason", "finished_at"), [0, None, logs.AT])
 
