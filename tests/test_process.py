@@ -178,6 +178,24 @@ class TestCommands(unittest.TestCase):
         ("trap 'echo bye' EXIT; exit 2", 2, "bye\n"),
         # Standard input is empty, not a terminal and not the daemon's.
         ("cat; read line || exit 8", 8, ""),
+        # Plain words, which the shim's subshell starts without a shell of the command's own.
+        ("true", 0, ""),
+        ("false", 1, ""),
+        ("\t echo  two   words ", 0, "two words\n"),
+        ("printf %s,%s. a=b c:d", 0, "a=b,c:d."),
+        ("test a = b", 1, ""),
+        ("expr 1 + 2", 0, "3\n"),
+        ("/bin/sh -c exit", 0, ""),
+        ("env -i A=b env", 0, "A=b\n"),
+        ("no-such-command", 127, None),
+        ("/", 126, None),
+        # What only a shell can do is done by one of the command's own.
+        ("exit 7", 7, ""),
+        ("A=b", 0, ""),
+        ("cd /", 0, ""),
+        ("exec expr 1 + 2", 0, "3\n"),
+        ("command echo yes", 0, "yes\n"),
+        ("eval echo yes", 0, "yes\n"),
     )  # fmt: skip
 
     def test_every_end_is_recorded(self) -> None:
@@ -186,9 +204,29 @@ class TestCommands(unittest.TestCase):
             for command, exit_code, output in self.ENDS:
                 with self.subTest(shell=shell, command=command):
                     outcome, printed = bench.run(command, limits="ulimit -c 0")
-                    self.assertEqual((outcome.kind, outcome.exit_code, printed), ("exited", exit_code, output))
+                    # None: words of the shell's own, which say what is missing.
+                    self.assertTrue(printed if output is None else printed == output, printed)
+                    self.assertEqual((outcome.kind, outcome.exit_code), ("exited", exit_code))
                     attempt = bench.attempts[-1]
                     self.assertEqual(bench.status(attempt), ["status 1", f"pid {attempt.pid}", f"exit {exit_code}"])
+
+    def test_a_command_that_kills_its_shell_does_not_kill_the_shim(self) -> None:
+        for shell in SHELLS:
+            bench = Bench(self, shell)
+            script = f"{bench.directory}/suicide"
+            with open(script, "w") as file:
+                file.write("kill -9 $$\n")
+            os.chmod(script, 0o700)
+            for command in ("kill -9 $$", "./suicide", ". ./suicide", "eval . ./suicide", "command . ./suicide"):
+                with self.subTest(shell=shell, command=command):
+                    outcome, _ = bench.run(command)
+                    self.assertEqual((outcome.kind, outcome.exit_code), ("exited", 137))
+
+    def test_a_function_in_the_environment_is_not_passed_over(self) -> None:
+        if "bash" not in SHELLS:
+            self.skipTest("no bash here")
+        environ = {"BASH_FUNC_greet%%": "() { echo hello; }"}
+        self.assertEqual(Bench(self, "bash").run("greet", environ=environ)[1], "hello\n")
 
     def test_a_command_of_200_kb(self) -> None:
         for shell in SHELLS:
