@@ -685,7 +685,12 @@ class Terminal(Case):
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 80, 0, 0))
         self.environ["TERM"] = "xterm"
 
-        process = self.popen(*arguments, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+        def own_the_terminal() -> None:
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        # So that Ctrl-C reaches all that would be reached in a shell.
+        process = self.popen(*arguments, stdin=slave, stdout=slave, stderr=slave, preexec_fn=own_the_terminal)
         os.close(slave)
         shown = b""
         while True:
@@ -699,7 +704,7 @@ class Terminal(Case):
                 return process.wait(DEADLINE_SEC), shown.decode()
             shown += data
             if keys and until in shown:
-                process.send_signal(signal.SIGINT)
+                os.write(master, keys)
                 keys = b""
 
     def test_a_picture_that_stays(self) -> None:
@@ -731,6 +736,7 @@ class Terminal(Case):
         code, shown = self.on_terminal("run", "--run-id", "r1", "w.json", until=b"RUNNING", keys=b"\x03")
         self.assertEqual(code, 130)
         self.assertRegex(shown, r"detached; the run goes on")
+        self.assertEqual(self.call("daemon", "status").code, 0)
         self.daemon.wait_for_event("r1", "step_started")
         self.open_gate()
         self.daemon.wait_for("r1", "SUCCEEDED")

@@ -212,7 +212,7 @@ def _document_of(workflow: Source) -> tuple[dict[str, object], str]:
 
 def _user_form(record: Mapping[str, object]) -> dict[str, object]:
     """A normalised record in the words that a user writes: seconds for milliseconds, plain ratios for thousandths.
-    Checking it gives the workflow again that the record was made from."""
+    Checking it gives the workflow again that the record was made from. An `env` holds strings only and stays as it is."""
     document: dict[str, object] = {}
     for name, value in record.items():
         if name.endswith("_ms") and isinstance(value, int):
@@ -221,7 +221,7 @@ def _user_form(record: Mapping[str, object]) -> dict[str, object]:
             document[name.removesuffix("_permille")] = value / 1000
         elif name == "steps" and isinstance(value, list):
             document[name] = [_user_form(step) for step in value]
-        elif name == "backoff" and isinstance(value, dict):
+        elif isinstance(value, dict):
             document[name] = _user_form(value)
         else:
             document[name] = value
