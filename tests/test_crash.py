@@ -1,0 +1,531 @@
+"""kill -9 of the daemon, of the shims, of the steps; logs that were cut; another boot.
+
+Steps count their executions in files, so that a step that ran twice is seen whatever the log says. They wait for a file
+to go on, never for time. Each block of a Daemon ends with a replay of all its logs (daemon.py).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import unittest
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from tests import logs
+from tests.daemon import Daemon, Refused, step, wait_until
+from wfd import decide, journal, process, protocol, requests
+from wfd.events import LogRecovered, StepStarted, SupervisorStarted
+from wfd.journal import Damaged
+from wfd.paths import RunFiles
+
+COUNT = 'echo x >> "ran.$WFD_STEP_ID"; '
+# Which process of an attempt is which: the shim leads the group, the command is its child.
+KILL_SHIM = 'kill -9 "$PPID"; '
+KILL_GROUP = 'kill -s KILL -- "-$PPID"; '
+
+
+def until(name: str) -> str:
+    """Shell text that waits for a file."""
+    return f"until [ -e {name} ]; do sleep 0.02; done; "
+
+
+def touch(daemon: Daemon, *names: str) -> None:
+    for name in names:
+        with open(f"{daemon.directory}/{name}", "w", encoding="ascii"):
+            pass
+
+
+def ran(daemon: Daemon, step_id: str) -> int:
+    """How often the step's command was run."""
+    return len(daemon.read(f"ran.{step_id}")) // 2
+
+
+def probe(daemon: Daemon, run_id: str, step_id: str, attempt: int = 1) -> process.Status:
+    ordinal = daemon.fold(run_id).index_of[step_id] + 1
+    return process.probe(daemon.home.run(run_id).attempt(ordinal, step_id, attempt))
+
+
+def wait_for_end(daemon: Daemon, run_id: str, *step_ids: str) -> None:
+    """Until the shims of these steps have recorded the end and are gone."""
+    for step_id in step_ids:
+        wait_until(lambda step_id=step_id: _is_over(probe(daemon, run_id, step_id)), f"the end of {step_id}")  # type: ignore[misc]
+
+
+def _is_over(status: process.Status) -> bool:
+    return status.exit_code is not None and not status.held
+
+
+def facts_of(daemon: Daemon, run_id: str, step_id: str) -> list[Any]:
+    """What the log says about how the step's attempts ended."""
+    names = {"attempt_exited", "attempt_lost", "attempt_not_started", "attempt_timed_out"}
+    events: list[Any] = [line.event for line in daemon.events(run_id)]
+    return [event for event in events if event.name in names and event.step == step_id]
+
+
+class DaemonKilled(unittest.TestCase):
+    """Steps outlive the daemon."""
+
+    def test_steps_go_on_and_are_adopted_with_their_exit_status(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(
+                step("before", COUNT),
+                step("meanwhile", COUNT + until("go-1")),
+                step("meanwhile-3", COUNT + until("go-1") + "exit 3"),
+                step("later", COUNT + until("go-2")),
+                step("later-4", COUNT + until("go-2") + "exit 4"),
+                step("after", COUNT, "before", "meanwhile", "later"),
+                step("never", COUNT, "later-4"),
+            )
+            daemon.wait_for_event(run_id, "step_succeeded", step="before")
+            for name in ("meanwhile", "meanwhile-3", "later", "later-4"):
+                wait_until(lambda name=name: ran(daemon, name), name)  # type: ignore[misc]
+            daemon.kill()
+            touch(daemon, "go-1")
+            wait_for_end(daemon, run_id, "meanwhile", "meanwhile-3")
+            daemon.start()
+            daemon.wait_for_event(run_id, "step_failed", step="meanwhile-3")
+            touch(daemon, "go-2")
+            run = daemon.wait_for(run_id)
+            self.assertEqual(
+                daemon.states(run_id),
+                {"before": "SUCCEEDED", "meanwhile": "SUCCEEDED", "meanwhile-3": "FAILED", "later": "SUCCEEDED",
+                 "later-4": "FAILED", "after": "SUCCEEDED", "never": "SKIPPED"},
+            )  # fmt: skip
+            self.assertEqual([record.exit_code for record in run.steps], [0, 0, 3, 0, 4, 0, None])
+            self.assertEqual([record.attempt for record in run.steps], [1, 1, 1, 1, 1, 1, 0])
+            self.assertEqual([ran(daemon, record.step.id) for record in run.steps], [1, 1, 1, 1, 1, 1, 0])
+
+    def test_steps_outlive_a_daemon_that_is_asked_to_end(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", COUNT + until("go") + "exit 5"))
+            wait_until(lambda: ran(daemon, "a"), "a")
+            self.assertEqual(daemon.stop(), 0)
+            self.assertTrue(probe(daemon, run_id, "a").held)
+            daemon.start()
+            touch(daemon, "go")
+            self.assertEqual(daemon.wait_for(run_id).steps[0].exit_code, 5)
+            self.assertEqual(ran(daemon, "a"), 1)
+
+    def test_a_step_that_was_promised_but_not_spawned_is_spawned_under_its_number(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", COUNT))
+            daemon.wait_for(run_id)
+            daemon.kill()
+            cut_after(daemon, run_id, StepStarted)
+            remove_attempts(daemon, run_id)
+            daemon.start()
+            status_of(daemon, run_id)
+            self.assertEqual(daemon.wait_for(run_id).steps[0].attempt, 1)
+            self.assertEqual(ran(daemon, "a"), 2, "once before the cut, once after it")
+
+    def test_killed_at_random_under_load(self) -> None:
+        """No step is ever killed here, so each must run exactly once, however many daemons die meanwhile."""
+        chance = random.Random(20261123)
+        names = [f"s{number}" for number in range(70)]
+        steps = []
+        for number, name in enumerate(names):
+            known = names[max(0, number - 8) : number]
+            steps.append(step(name, COUNT + "sleep 0.02", *chance.sample(known, min(2, len(known)))))
+        with Daemon() as daemon:
+            runs = [daemon.submit(*steps[:20], max_parallel=4), daemon.submit(*steps, max_parallel=4)]
+            kills = 0
+            while kills < 15 and daemon.fold(runs[1]).unfinished > 3:
+                self.wait_for_progress(daemon, runs[1], chance.randint(1, 20))
+                daemon.restart()
+                kills += 1
+            self.assertGreater(kills, 5)
+            for run_id in runs:
+                self.assertEqual(daemon.wait_for(run_id).state, "SUCCEEDED")
+            both = set(names[:20])
+            self.assertEqual({name: ran(daemon, name) for name in names}, {name: 1 + (name in both) for name in names})
+
+    def wait_for_progress(self, daemon: Daemon, run_id: str, lines: int) -> None:
+        """Until the log has grown by so many lines, or the run is over."""
+        wanted = daemon.fold(run_id).seq + lines
+
+        def is_there() -> bool:
+            run = daemon.fold(run_id)
+            return run.seq >= wanted or run.is_over
+
+        wait_until(is_there, "progress", daemon.explain)
+
+
+class ProcessesKilled(unittest.TestCase):
+    """An unknown outcome is `lost`: tried again without using a retry, unless the step says otherwise; bounded."""
+
+    def test_daemon_and_all_steps(self) -> None:
+        first_hangs = COUNT + '[ "$WFD_ATTEMPT" -gt 1 ] || exec sleep 600'
+        with Daemon() as daemon:
+            run_id = daemon.submit(
+                step("done", COUNT),
+                step("again", first_hangs, retries=0),
+                step("again-2", first_hangs, retries=0),
+                step("fails", first_hangs, retries=5, on_lost="fail"),
+                step("after", COUNT, "again", "again-2"),
+            )
+            daemon.wait_for_event(run_id, "step_succeeded", step="done")
+            for name in ("again", "again-2", "fails"):
+                wait_until(lambda name=name: ran(daemon, name), name)  # type: ignore[misc]
+            daemon.kill()
+            kill_all(daemon)
+            daemon.start()
+            run = daemon.wait_for(run_id)
+            self.assertEqual(
+                daemon.states(run_id),
+                {"done": "SUCCEEDED", "again": "SUCCEEDED", "again-2": "SUCCEEDED", "fails": "FAILED",
+                 "after": "SUCCEEDED"},
+            )  # fmt: skip
+            self.assertEqual([record.attempt for record in run.steps], [1, 2, 2, 1, 1])
+            self.assertEqual([record.failures for record in run.steps], [0, 0, 0, 0, 0])
+            self.assertEqual([ran(daemon, record.step.id) for record in run.steps], [1, 2, 2, 1, 1])
+            self.assertEqual(run.steps[3].reason, "lost")
+            self.assertEqual([event.why for event in facts_of(daemon, run_id, "fails")], ["killed"])
+
+    def test_a_step_that_is_lost_four_times_fails(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", COUNT + KILL_GROUP, retries=9), step("b", COUNT, "a"))
+            run = daemon.wait_for(run_id)
+            self.assertEqual((run.steps[0].state, run.steps[0].reason, run.steps[0].attempt), ("FAILED", "lost", 4))
+            self.assertEqual(ran(daemon, "a"), 4)
+            self.assertEqual(run.steps[1].state, "SKIPPED")
+
+    # A command that says, in its second attempt, whether anything of its first one is alive. A zombie is not.
+    ORPHAN = (
+        'if [ "$WFD_ATTEMPT" = 1 ]; then trap "" TERM HUP; sleep 600 & echo "$!" > orphan; echo "$$" > command; {}'
+        + until("never")
+        + "fi; for pid in $(cat orphan command); do "
+        'case $(ps -o stat= -p "$pid") in ""|Z*) echo gone >> seen;; *) echo alive >> seen;; esac; done'
+    )
+
+    def test_a_shim_alone_while_the_daemon_lives(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", self.ORPHAN.format(KILL_SHIM), retries=0))
+            run = daemon.wait_for(run_id)
+            self.assertEqual((run.state, run.steps[0].attempt), ("SUCCEEDED", 2))
+            self.assertEqual(daemon.read("seen"), "gone\ngone\n")
+            self.assertEqual([event.name for event in facts_of(daemon, run_id, "a")], ["attempt_lost", "attempt_exited"])
+
+    def test_a_shim_alone_while_no_daemon_lives(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", self.ORPHAN.format(""), retries=0))
+            command = int(daemon.wait_for_file("command"))
+            daemon.kill()
+            shim = probe(daemon, run_id, "a").pid
+            assert shim is not None
+            os.kill(shim, signal.SIGKILL)
+            wait_until(lambda: not probe(daemon, run_id, "a").held, "the end of the shim")
+            os.kill(command, 0)
+            daemon.start()
+            run = daemon.wait_for(run_id)
+            self.assertEqual((run.state, run.steps[0].attempt), ("SUCCEEDED", 2))
+            self.assertEqual(daemon.read("seen"), "gone\ngone\n")
+
+    def test_a_shim_that_died_before_its_command_began(self) -> None:
+        """Seen as what a daemon finds that comes after: the lock free, no pid line."""
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", COUNT, retries=0, on_lost="fail"))
+            daemon.wait_for(run_id)
+            daemon.kill()
+            cut_after(daemon, run_id, StepStarted)
+            remove_attempts(daemon, run_id)
+            write_status(daemon.home.run(run_id), 1, "a", "status 1\n")
+            daemon.start()
+            status_of(daemon, run_id)
+            run = daemon.wait_for(run_id)
+            self.assertEqual((run.state, run.steps[0].attempt, run.steps[0].failures), ("SUCCEEDED", 2, 0))
+            self.assertEqual(facts_of(daemon, run_id, "a")[0].why, "never_began")
+
+
+def kill_all(daemon: Daemon) -> None:
+    """kill -9 of everything that the steps have started, all at once."""
+
+    def is_gone() -> bool:
+        pids = daemon.processes()
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not pids
+
+    wait_until(is_gone, "the end of all steps")
+
+
+def read_log(daemon: Daemon, run_id: str) -> bytes:
+    with open(daemon.home.run(run_id).events, "rb") as file:
+        return file.read()
+
+
+def write_log(daemon: Daemon, run_id: str, data: bytes) -> None:
+    with open(daemon.home.run(run_id).events, "wb") as file:
+        file.write(data)
+
+
+def cut_after(daemon: Daemon, run_id: str, kind: type) -> None:
+    """Cut the log behind its first event of this kind."""
+    number = next(number for number, line in enumerate(daemon.events(run_id), 1) if isinstance(line.event, kind))
+    write_log(daemon, run_id, b"".join(read_log(daemon, run_id).splitlines(True)[:number]))
+
+
+def remove_attempts(daemon: Daemon, run_id: str) -> None:
+    for entry in os.scandir(daemon.home.run(run_id).attempts):
+        os.unlink(entry.path)
+
+
+def write_status(files: RunFiles, ordinal: int, step_id: str, text: str) -> None:
+    with open(files.attempt(ordinal, step_id, 1).status, "w", encoding="ascii") as file:
+        file.write(text)
+
+
+def status_of(daemon: Daemon, run_id: str) -> str:
+    """The state that the daemon tells. Asking makes it take over a run that has no live marker."""
+    return str(daemon.request("status", run_id=run_id)["state"])
+
+
+class LogCut(unittest.TestCase):
+    """A power cut may leave any part of what was not promised. Here a whole log is cut, anywhere."""
+
+    END: ClassVar = {"a": "SUCCEEDED", "b": "SUCCEEDED", "c": "FAILED", "d": "SKIPPED"}
+
+    def setUp(self) -> None:
+        self.daemon = self.enterContext(Daemon())
+        self.run_id = self.daemon.submit(
+            step("a", COUNT),
+            step("b", COUNT + '[ "$WFD_ATTEMPT" = 2 ]', "a", retries=1, backoff={"initial_sec": 0}),
+            step("c", COUNT + "exit 7", "a"),
+            step("d", COUNT, "b", "c"),
+        )
+        self.daemon.wait_for(self.run_id)
+        wait_until(lambda: not os.listdir(self.daemon.home.live), "the end of its marker")
+        self.whole = read_log(self.daemon, self.run_id)
+        self.lines = self.whole.splitlines(True)
+
+    def ends(self) -> list[int]:
+        """Where each line ends."""
+        return [sum(map(len, self.lines[: number + 1])) for number in range(len(self.lines))]
+
+    def test_any_cut_behind_line_1_can_be_folded_and_replays(self) -> None:
+        files = self.daemon.home.run(self.run_id)
+        reference = self.daemon.events(self.run_id)
+        ends = self.ends()
+        for cut in range(len(self.whole) - 1, ends[0] - 1, -1):
+            os.truncate(files.events, cut)
+            run, reading = journal.fold(files, self.run_id)
+            kept = sum(end <= cut for end in ends)
+            self.assertEqual((run.seq, reading.end, reading.torn_bytes), (kept, ends[kept - 1], cut - ends[kept - 1]))
+            if cut == ends[kept - 1]:
+                lines = self.daemon.events(self.run_id)
+                self.assertEqual(lines, reference[:kept])
+                self.assertIsNone(decide.replay(lines)[1])
+        write_log(self.daemon, self.run_id, self.whole)
+
+    def test_any_cut_is_resumed_to_the_right_end(self) -> None:
+        """At, just behind, in and just before the end of every line, with no attempts on disk."""
+        ends = self.ends()
+        for before, end in pairwise(ends):
+            for cut in (before, before + 1, (before + end) // 2, end - 1):
+                with self.subTest(cut=cut):
+                    self.resume(cut, cut - before)
+
+    def resume(self, cut: int, torn_bytes: int) -> None:
+        daemon, run_id = self.daemon, self.run_id
+        remove_attempts(daemon, run_id)
+        write_log(daemon, run_id, self.whole[:cut])
+        owed = decide.next_decision(daemon.fold(run_id)) is not None
+        self.assertEqual(status_of(daemon, run_id) in ("RUNNING", "FAILED"), True)
+        self.assertEqual(daemon.wait_for(run_id).state, "FAILED")
+        self.assertEqual(daemon.states(run_id), self.END)
+        lines = daemon.events(run_id)
+        self.assertIsNone(decide.replay(lines)[1])
+        self.assertEqual(read_log(daemon, run_id)[: cut - torn_bytes], self.whole[: cut - torn_bytes])
+        recovered = [line.event for line in lines if isinstance(line.event, LogRecovered)]
+        self.assertEqual([event.dropped_bytes for event in recovered], [torn_bytes] if owed or torn_bytes else [])
+        for event in recovered:
+            if event.kept_as is not None:
+                with open(f"{daemon.home.run(run_id).directory}/{event.kept_as}", "rb") as file:
+                    self.assertEqual(file.read(), self.whole[cut - torn_bytes : cut])
+        wait_until(lambda: not os.listdir(daemon.home.live), "the end of its marker")
+
+    def test_with_the_attempts_left_nothing_runs_again_or_the_run_is_refused(self) -> None:
+        """An attempt on disk that the cut log does not know proves that the log had promised more."""
+        daemon, run_id = self.daemon, self.run_id
+        counts = {name: ran(daemon, name) for name in self.END}
+        last_start = max(n for n, line in enumerate(daemon.events(run_id), 1) if isinstance(line.event, StepStarted))
+        for kept in range(len(self.lines) - 1, last_start - 1, -1):
+            with self.subTest(kept=kept):
+                write_log(daemon, run_id, b"".join(self.lines[:kept]))
+                status_of(daemon, run_id)
+                self.assertEqual(daemon.wait_for(run_id).state, "FAILED")
+                self.assertEqual(daemon.states(run_id), self.END)
+                self.assertEqual({name: ran(daemon, name) for name in self.END}, counts)
+                wait_until(lambda: not os.listdir(daemon.home.live), "the end of its marker")
+        for kept in range(1, last_start):
+            data = b"".join(self.lines[:kept])
+            write_log(daemon, run_id, data)
+            with self.subTest(kept=kept), self.assertRaises(Damaged):
+                journal.recover(daemon.home, run_id)
+            self.assertEqual(read_log(daemon, run_id), data, "a damaged run is left as it is")
+        self.assert_quarantined("exists, but the log ends before")
+
+    def test_line_1_cut(self) -> None:
+        for cut in (0, 1, len(self.lines[0]) - 1):
+            write_log(self.daemon, self.run_id, self.whole[:cut])
+            with self.subTest(cut=cut), self.assertRaises(Damaged):
+                journal.recover(self.daemon.home, self.run_id)
+        self.assert_quarantined("line 1")
+
+    def test_one_byte_flipped_before_the_tail(self) -> None:
+        middle = len(b"".join(self.lines[:5])) + 30
+        flipped = bytearray(self.whole[: -len(self.lines[-1])])
+        flipped[middle] ^= 1
+        write_log(self.daemon, self.run_id, bytes(flipped))
+        self.assert_quarantined("line 6")
+
+    def assert_quarantined(self, why: str) -> None:
+        """This run is refused, by this daemon and the next, which finds it marked; others go on; nothing is changed."""
+        daemon, run_id = self.daemon, self.run_id
+        daemon.damaged.add(run_id)
+        other = daemon.submit(step("a", until("go")))
+        data = read_log(daemon, run_id)
+        for _ in range(2):
+            for method in ("status", "cancel"):
+                with self.assertRaises(Refused) as caught:
+                    daemon.request(method, run_id=run_id, **({"request": "x"} if method == "cancel" else {}))
+                self.assertEqual(caught.exception.code, protocol.DAMAGED)
+                self.assertIn(why, caught.exception.message)
+            hello = daemon.request("hello", protocol_min=1, protocol_max=1)
+            self.assertEqual(hello["quarantined"], [run_id])
+            self.assertEqual(read_log(daemon, run_id), data)
+            daemon.restart()
+        touch(daemon, "go")
+        self.assertEqual(daemon.wait_for(other).state, "SUCCEEDED")
+
+
+class KilledInRecovery(unittest.TestCase):
+    """Doing a recovery twice, or being killed in the middle of it, changes nothing."""
+
+    TORN = b'{"seq":4,"at":"20'
+
+    def setUp(self) -> None:
+        self.daemon = self.enterContext(Daemon())
+        self.run_id = self.daemon.submit(step("a", COUNT + until("go")))
+        wait_until(lambda: ran(self.daemon, "a"), "a")
+        self.daemon.kill()
+        self.good = read_log(self.daemon, self.run_id)
+        write_log(self.daemon, self.run_id, self.good + self.TORN)
+
+    def recovered(self) -> None:
+        """The next daemon recovers it as if nothing had been before."""
+        daemon, run_id = self.daemon, self.run_id
+        daemon.start()
+        touch(daemon, "go")
+        self.assertEqual(daemon.wait_for(run_id).state, "SUCCEEDED")
+        self.assertEqual(ran(daemon, "a"), 1)
+        self.assertTrue(read_log(daemon, run_id).startswith(self.good))
+        directory = daemon.home.run(run_id).directory
+        kept = [name for name in os.listdir(directory) if name.startswith("torn-")]
+        self.assertEqual(len(kept), 1, kept)
+        with open(f"{directory}/{kept[0]}", "rb") as file:
+            self.assertEqual(file.read(), self.TORN)
+        self.assertNotIn("events.ndjson.new", os.listdir(directory))
+
+    def test_nothing_before(self) -> None:
+        self.recovered()
+
+    def test_between_the_copy_and_the_rename(self) -> None:
+        with open(self.daemon.home.run(self.run_id).events + ".new", "wb") as file:
+            file.write(self.good[:-30])
+        self.recovered()
+
+    @unittest.skipUnless(shutil.which("strace"), "strace kills at a system call; it is not installed")
+    def test_at_each_of_its_system_calls(self) -> None:
+        # A recovery syncs the torn tail, the copy and the directory; the last one here is its first commit.
+        for point in ("fsync:signal=KILL:when=1", "fsync:signal=KILL:when=2", "rename:signal=KILL:when=1",
+                      "fsync:signal=KILL:when=3", "fsync:signal=KILL:when=4"):  # fmt: skip
+            killed = subprocess.run(
+                ["strace", "-o", os.devnull, "-e", f"trace={point.split(':')[0]}", "-e", f"inject={point}",
+                 sys.executable, "-m", "wfd"],
+                env=self.daemon.environ, stdin=subprocess.DEVNULL, capture_output=True, check=False,
+            )  # fmt: skip
+            if b"ptrace" in killed.stderr:
+                self.skipTest("strace may not trace here")
+            self.assertEqual(killed.returncode, -signal.SIGKILL, killed.stderr)
+        self.recovered()
+
+
+class AnotherBoot(unittest.TestCase):
+    """What ran when the machine went down is lost, unless its status file says how it ended; back-offs start again."""
+
+    def test_reboot(self) -> None:
+        delay_sec = 0.3
+        log = logs.Log(
+            logs.workflow(
+                logs.step("running"),
+                logs.step("ended", retries=0),
+                logs.step("began-not"),
+                logs.step("no-file"),
+                logs.step("on-lost", on_lost="fail"),
+                logs.step("waiting", retries=1, backoff={"initial_sec": delay_sec}),
+                cwd="/",
+            )
+        )
+        log.now_ms = 10**12  # The clock of that boot was far ahead of ours.
+        log.write(logs.session("another-boot"))
+        log.start("running", "ended", "began-not", "no-file", "on-lost", "waiting").exit("waiting", 1)
+        with Daemon() as daemon, subprocess.Popen(["sleep", "600"], start_new_session=True) as stranger:
+            try:
+                daemon.kill()
+                files = plant(daemon, log)
+                for ordinal, name, rest in ((1, "running", ""), (2, "ended", "exit 7\n"), (5, "on-lost", "exit")):
+                    write_status(files, ordinal, name, f"status 1\npid {stranger.pid}\n{rest}")
+                write_status(files, 3, "began-not", "status 1\n")
+                daemon.start()
+                run = daemon.wait_for(log.run_id)
+                self.assertIsNone(stranger.poll(), "the pid is somebody else's now")
+            finally:
+                stranger.kill()
+            attempts = {record.step.id: (record.state.value, record.attempt) for record in run.steps}
+            self.assertEqual(
+                attempts,
+                {"running": ("SUCCEEDED", 2), "ended": ("FAILED", 1), "began-not": ("SUCCEEDED", 2),
+                 "no-file": ("SUCCEEDED", 2), "on-lost": ("FAILED", 1), "waiting": ("SUCCEEDED", 2)},
+            )  # fmt: skip
+            self.assertEqual(run.steps[1].exit_code, 7)
+            for name in ("running", "began-not", "no-file", "on-lost"):
+                self.assertEqual(facts_of(daemon, log.run_id, name)[0].why, "rebooted")
+            lines = daemon.events(log.run_id)
+            session = next(line for line in lines[len(log.lines) :] if isinstance(line.event, SupervisorStarted))
+            again = daemon.wait_for_event(log.run_id, "step_started", step="waiting", attempt=2)
+            self.assertGreaterEqual(again.mono_ms - session.mono_ms, delay_sec * 1000)
+
+    def test_what_was_being_ended_is_not_lost(self) -> None:
+        log = logs.Log(logs.workflow(logs.step("a"), logs.step("b", "a"), logs.step("c", timeout_sec=1, retries=0), cwd="/"))
+        log.start("a", "c")
+        log.now_ms += 1_000
+        log.time_out("c").cancel()
+        with Daemon() as daemon:
+            daemon.kill()
+            files = plant(daemon, log)
+            write_status(files, 1, "a", "status 1\npid 99999999\n")
+            daemon.start()
+            self.assertEqual(daemon.wait_for(log.run_id).state, "CANCELLED")
+            for name in ("a", "c"):
+                self.assertEqual([event.name for event in facts_of(daemon, log.run_id, name)][-1], "attempt_exited")
+
+
+def plant(daemon: Daemon, log: logs.Log) -> RunFiles:
+    """Put a made log where a daemon finds it at its start, of the form that a crash leaves."""
+    files = logs.save(daemon.home, log.data, log.run_id)
+    environment = requests.Environment({"PATH": os.environ.get("PATH", os.defpath)}, 0o022, {})
+    with open(files.environment, "wb") as file:
+        file.write(environment.encode())
+    journal.mark_live(daemon.home, log.run_id)
+    return files
+
+
+if __name__ == "__main__":
+    unittest.main()
