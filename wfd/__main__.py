@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     handover = None if options.handover_fd is None else _move_up(options.handover_fd)
     passed = _passed_sockets()
+    _close_inherited()
     _occupy_low_descriptors()
     os.umask(0o077)
     home = Home(options.home or default_home(os.environ, sys.platform, os.path.expanduser("~")))
@@ -134,6 +135,19 @@ def _passed_sockets() -> list[socket.socket]:
         raise SystemExit(f"wfd: a descriptor that was passed is not a socket: {error.strerror}") from None
 
 
+def _close_inherited() -> None:
+    """Close what whoever started us had left open: a pipe or a lock of theirs would be held as long as any step lives."""
+    try:
+        names = os.listdir("/dev/fd/")
+    except OSError:
+        return
+    for name in names:
+        # One of them was the listing's own.
+        with suppress(OSError):
+            if int(name) >= _LOWEST_FD and os.get_inheritable(int(name)):
+                os.close(int(name))
+
+
 def _occupy_low_descriptors() -> None:
     null = fcntl.fcntl(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), fcntl.F_DUPFD_CLOEXEC, _LOWEST_FD)
     for fd in range(_LOWEST_FD):
@@ -185,7 +199,10 @@ def own_directory(path: str) -> None:
 
 def _lock(home: Home, replace: bool, passed: list[socket.socket]) -> int:
     """The home's lock: whoever holds it is its daemon. The file is never unlinked, or two could hold one each."""
-    fd = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fd = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise CannotStart(f"{home.lock} cannot be opened: {error.strerror}") from None
     deadline = time.monotonic() + (_REPLACE_SEC if replace else 0)
     asked = False
     while True:

@@ -657,7 +657,7 @@ class Supervisor:
                 self._over(live, record, attempt)
                 return
         except OSError as error:
-            log(f"run {live.run.run_id}, step {record.step.id!r} cannot be looked at: {error}")
+            self._stall(live, f"step {record.step.id!r} cannot be looked at: {error.strerror or error}")
             again_ms = RETRY_MS
         self._at(self.now_ms + again_ms, self._look, live, index, attempt)
 
