@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from typing import Any, TypeVar
 
 from wfd import decide, journal, process, protocol
@@ -38,7 +39,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # In the environment of the daemon and of every step: which Daemon of which test they belong to.
 MARK = "WFD_TEST"
 # Only a fault reaches this. Two copies of the tests on a slow machine do not.
-DEADLINE_SEC = 60
+DEADLINE_SEC = 120
 _POLL_SEC = 0.005
 _HAS_PROC = os.path.exists("/proc/self/environ")
 
@@ -125,6 +126,10 @@ class Client:
             if message.get("method") == "event":
                 yield message["params"]["line"]
 
+    def seqs(self, count: int) -> list[int]:
+        """Of the next events, as many of them."""
+        return [event["seq"] for event in islice(self.events(), count)]
+
     def close(self) -> None:
         self._file.close()
         self.socket.close()
@@ -142,13 +147,21 @@ def _result(message: dict[str, Any]) -> dict[str, Any]:
     return message["result"]  # type: ignore[no-any-return]
 
 
+def until(name: str) -> str:
+    """A command that goes on as soon as a file of this name exists."""
+    return f"while [ ! -e {name} ]; do sleep 0.01; done"
+
+
 class Daemon:
-    """A daemon in a home of its own.
+    """A daemon in a home of its own. The constructor makes the directories; `clean`, or the end of a `with`, removes them.
 
     directory   where its steps run, unless the test says otherwise      home     the paths of its home
     process     the daemon's process, None while it is down              damaged  runs that `check` leaves out
     flags       of its command line                                      environ  what it is started with
+    program     what Python is told to run
     """
+
+    program: tuple[str, ...] = ("-m", "wfd")
 
     def __init__(self, *flags: str, home: str = "home", environ: Mapping[str, str] | None = None) -> None:
         """home: its name below a fresh directory."""
@@ -189,14 +202,18 @@ class Daemon:
 
     def start(self, *flags: str) -> None:
         """Start it and wait until it answers. flags: more of them, for this start only."""
-        self.process = self.spawn(*flags)
+        self.await_answer(self.spawn(*flags))
+
+    def await_answer(self, process: subprocess.Popen[bytes]) -> None:
+        """Take this one for the daemon, and wait until it answers."""
+        self.process = process
         wait_until(self._answers, "the daemon's answer", self.explain)
 
     def spawn(self, *flags: str, pass_fds: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
         """Start a daemon process for this home, and wait for nothing."""
         with open(self.stderr, "ab") as stderr:
             started = subprocess.Popen(
-                [sys.executable, "-m", "wfd", *self.flags, *flags],
+                [sys.executable, *self.program, *self.flags, *flags],
                 cwd=ROOT, env=self.environ, pass_fds=pass_fds, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
             )  # fmt: skip
         self._others.append(started)
@@ -216,22 +233,27 @@ class Daemon:
         """kill -9."""
         assert self.process is not None
         self.process.kill()
-        self._gone()
+        self.ended()
 
     def stop(self) -> int:
         """Ask it to end (SIGTERM), which leaves its steps alone. Returns its exit status."""
         assert self.process is not None
         self.process.terminate()
-        return self._gone()
+        return self.ended()
 
-    def _gone(self) -> int:
+    def ended(self) -> int:
+        """Wait for its end. Returns its exit status."""
         assert self.process is not None
         status = self.process.wait(DEADLINE_SEC)
         self.process = None
+        self.hang_up()
+        return status
+
+    def hang_up(self) -> None:
+        """Close the connection that `request` keeps."""
         if self._client is not None:
             self._client.close()
             self._client = None
-        return status
 
     def restart(self) -> None:
         """kill -9, and a new one."""
@@ -364,6 +386,11 @@ class Daemon:
         assert line is not None
         return line
 
+    def touch(self, name: str) -> None:
+        """Make a file in `directory` that somebody waits for."""
+        with open(f"{self.directory}/{name}", "w"):
+            pass
+
     def wait_for_file(self, name: str) -> str:
         """The first whole line of a file in `directory`, without its newline."""
         text = wait_until(lambda: self.read(name).partition("\n")[1] and self.read(name), f"file {name}", self.explain)
@@ -425,8 +452,7 @@ class Daemon:
 
     def clean(self) -> None:
         """End the daemon and everything that it has started, and remove the home."""
-        if self._client is not None:
-            self._client.close()
+        self.hang_up()
         for other in self._others:
             other.kill()
             other.wait(DEADLINE_SEC)

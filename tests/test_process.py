@@ -144,7 +144,7 @@ class TestCommands(unittest.TestCase):
     """What the command is given, and what becomes of its status."""
 
     # command -> the exit status that is recorded, and what it printed
-    ENDS: tuple[tuple[str, int, str], ...] = (
+    ENDS: tuple[tuple[str, int, str | None], ...] = (
         ("exit 0", 0, ""),
         ("exit 7", 7, ""),
         ("exit 255", 255, ""),
