@@ -568,9 +568,9 @@ class Starting(unittest.TestCase):
     def test_a_cancel_after_the_daemon_s_death_starts_no_step(self) -> None:
         """The request is handed over with the start, so it is decided before anything else (P6)."""
         self.daemon.start()
+        os.mkfifo(f"{self.daemon.directory}/fifo")
         second: dict[str, object] = {"id": "b", "command": "touch b", "depends_on": ["a"]}
         run_id = self.daemon.submit({"id": "a", "command": "cat < fifo", "grace_sec": 0}, second)
-        os.mkfifo(f"{self.daemon.directory}/fifo")
         self.daemon.wait_for_event(run_id, "step_started")
         self.daemon.kill()
         self.assertEqual(library.cancel(run_id, wait=True), "CANCELLED")
