@@ -1,0 +1,380 @@
+"""Cancels and timeouts: whatever a step does, nothing of the run is alive when it is over.
+
+Every block of a Daemon ends with that check: no process carries the run's marks any more (daemon.py). Long graces prove
+that something ended by itself, short ones that it was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import unittest
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from tests.daemon import Client, Daemon, step, wait_until
+from wfd import process, protocol
+from wfd.events import StepStarted
+from wfd.state import Run
+
+HANGS = "echo began; exec sleep 600"
+IGNORES_TERM = "trap '' TERM; echo began; while :; do sleep 0.05; done"
+# The clean-up takes a while, and is itself not touched by a second signal.
+CLEANS_UP = "trap 'sleep 0.2; echo cleaned; exit 0' TERM; echo began; while :; do sleep 0.01; done"
+FORKS = "(sleep 600 & sleep 600 & wait) & (trap '' TERM; echo began; sleep 600; sleep 600)"
+LEAVES_CHILD = "(trap '' TERM; sleep 600; sleep 600) & echo began; sleep 600"
+NO_GRACE, LONG_GRACE = 0.1, 300
+
+
+def cancel(daemon: Daemon, run_id: str, request: str = "request-1") -> str:
+    """Ask for the end of a run; the state that the answer tells."""
+    return str(daemon.request("cancel", run_id=run_id, request=request)["state"])
+
+
+def wait_for_output(daemon: Daemon, run_id: str, *step_ids: str) -> None:
+    """Until each of these steps has printed something."""
+    for step_id in step_ids:
+        daemon.wait_for_event(run_id, "step_started", step=step_id)
+        wait_until(lambda step_id=step_id: _output(daemon, run_id, step_id), f"output of {step_id}")  # type: ignore[misc]
+
+
+def _output(daemon: Daemon, run_id: str, step_id: str) -> str:
+    ordinal = daemon.fold(run_id).index_of[step_id] + 1
+    path = daemon.home.run(run_id).attempt(ordinal, step_id, 1).out
+    return daemon.output(run_id, step_id) if os.path.exists(path) else ""
+
+
+def events_of(daemon: Daemon, run_id: str, step_id: str) -> list[Any]:
+    events: list[Any] = [line.event for line in daemon.events(run_id)]
+    return [event for event in events if getattr(event, "step", None) == step_id]
+
+
+def names_of(daemon: Daemon, run_id: str, step_id: str) -> list[str]:
+    return [event.name for event in events_of(daemon, run_id, step_id)]
+
+
+class Cancel(unittest.TestCase):
+    """P6: after the answer no attempt starts; every group gets TERM, then KILL after its grace."""
+
+    def assert_cancelled(self, run: Run, reason: str = "cancel") -> None:
+        self.assertEqual((run.state, run.reason), ("CANCELLED", "cancel"))
+        for record in run.steps:
+            if record.state != "SUCCEEDED":
+                self.assertEqual((record.state, record.reason), ("CANCELLED", reason))
+
+    def test_steps_that_resist(self) -> None:
+        """One run of all kinds, so that no end waits for another's."""
+        steps = {
+            "hangs": (HANGS, LONG_GRACE, 143),
+            "ignores": (IGNORES_TERM, NO_GRACE, None),
+            "cleans": (CLEANS_UP, LONG_GRACE, 0),
+            "forks": (FORKS, NO_GRACE, 143),
+            "leaves": (LEAVES_CHILD, NO_GRACE, 143),
+        }
+        with Daemon() as daemon:
+            run_id = daemon.submit(
+                *(step(name, command, grace_sec=grace) for name, (command, grace, _) in steps.items()),
+                step("pending", "true", "hangs"),
+            )
+            wait_for_output(daemon, run_id, *steps)
+            self.assertEqual(cancel(daemon, run_id), "CANCELLING")
+            run = daemon.wait_for(run_id)
+            self.assert_cancelled(run)
+            self.assertEqual([record.exit_code for record in run.steps[:5]], [code for _, _, code in steps.values()])
+            self.assertTrue(daemon.output(run_id, "cleans").endswith("cleaned\n"), "the clean-up was not let finish")
+            self.assertEqual(names_of(daemon, run_id, "pending"), ["step_cancelled"])
+
+    def test_the_rest_of_a_group_keeps_its_grace(self) -> None:
+        """The command is gone at once, what it started cleans up."""
+        child = "(trap 'sleep 0.2; echo cleaned; exit' TERM; echo began; while :; do sleep 0.01; done) & wait"
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", child, grace_sec=LONG_GRACE))
+            wait_for_output(daemon, run_id, "a")
+            cancel(daemon, run_id)
+            self.assert_cancelled(daemon.wait_for(run_id))
+            self.assertIn("cleaned", daemon.output(run_id, "a"))
+
+    def test_at_once(self) -> None:
+        """A TERM that comes before the command must not get lost, or it would live until the KILL."""
+        with Daemon() as daemon:
+            for number in range(20):
+                run_id = daemon.submit(step("a", HANGS, grace_sec=LONG_GRACE), step("b", HANGS, grace_sec=LONG_GRACE))
+                if number % 2:
+                    daemon.wait_for_event(run_id, "step_started")
+                cancel(daemon, run_id)
+                self.assert_cancelled(daemon.wait_for(run_id))
+
+    def test_a_stopped_step(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", "echo began; kill -STOP $$; sleep 600", grace_sec=LONG_GRACE))
+            wait_for_output(daemon, run_id, "a")
+            cancel(daemon, run_id)
+            self.assert_cancelled(daemon.wait_for(run_id))
+
+    def test_during_back_off_and_in_the_queue(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(
+                step("fails", "exit 1", retries=1, backoff={"initial_sec": 300, "max_sec": 300}),
+                step("holds", HANGS),
+                step("queued", "touch started"),
+                max_parallel=1,
+            )
+            daemon.wait_for_event(run_id, "step_retried", step="fails")
+            wait_for_output(daemon, run_id, "holds")
+            self.assertEqual(cancel(daemon, run_id), "CANCELLING")
+            self.assert_cancelled(daemon.wait_for(run_id))
+            self.assertEqual(names_of(daemon, run_id, "queued"), ["step_ready", "step_cancelled"])
+            self.assertEqual(names_of(daemon, run_id, "fails")[-2:], ["step_retried", "step_cancelled"])
+            self.assertEqual(daemon.read("started"), "")
+
+    def test_a_run_of_which_nothing_runs_ends_in_the_same_batch(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", "exit 1", retries=1, backoff={"initial_sec": 300, "max_sec": 300}))
+            daemon.wait_for_event(run_id, "step_retried")
+            self.assertEqual(cancel(daemon, run_id), "CANCELLED")
+
+    def test_it_wins_over_exit_0(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", "trap 'exit 0' TERM; echo began; while :; do sleep 0.01; done"))
+            wait_for_output(daemon, run_id, "a")
+            cancel(daemon, run_id)
+            run = daemon.wait_for(run_id)
+            self.assert_cancelled(run)
+            self.assertEqual(run.steps[0].exit_code, 0)
+
+    def test_twice_and_of_a_run_that_is_over(self) -> None:
+        with Daemon() as daemon:
+            done = daemon.submit(step("a", "true"))
+            daemon.wait_for(done)
+            before = daemon.events(done)
+            self.assertEqual(cancel(daemon, done), "SUCCEEDED")
+            self.assertEqual(daemon.events(done), before)
+            run_id = daemon.submit(step("a", CLEANS_UP, grace_sec=LONG_GRACE))
+            wait_for_output(daemon, run_id, "a")
+            for request in ("one", "one", "two"):
+                self.assertIn(cancel(daemon, run_id, request), ("CANCELLING", "CANCELLED"))
+            self.assert_cancelled(daemon.wait_for(run_id))
+            self.assertEqual(cancel(daemon, run_id, "three"), "CANCELLED")
+            self.assertEqual(daemon.names(run_id).count("run_cancel_requested"), 1)
+            self.assertEqual(daemon.output(run_id, "a").count("cleaned"), 1)
+
+
+class CancelWithoutDaemon(unittest.TestCase):
+    """A client that starts a daemon hands it its request, which is decided before any step starts."""
+
+    def start_with(self, daemon: Daemon, method: str, **params: object) -> dict[str, Any]:
+        """Start a daemon with this request in hand; its answer."""
+        ours, theirs = socket.socketpair()
+        with Client(ours) as client, theirs:
+            client.send(protocol.request(method, params))
+            daemon.process = daemon.spawn("--handover-fd", str(theirs.fileno()), pass_fds=(theirs.fileno(),))
+            theirs.close()
+            answer: dict[str, Any] = client.message()["result"]
+        return answer
+
+    def test_no_queued_step_starts(self) -> None:
+        """Its slot is free and it is READY when the next daemon comes."""
+        with Daemon() as daemon:
+            run_id = daemon.submit(
+                step("first", "echo began; until [ -e go ]; do sleep 0.02; done"),
+                step("queued", "touch started"),
+                step("pending", "touch started", "queued"),
+                max_parallel=1,
+            )
+            wait_for_output(daemon, run_id, "first")
+            daemon.kill()
+            with open(f"{daemon.directory}/go", "w", encoding="ascii"):
+                pass
+            files = daemon.home.run(run_id).attempt(1, "first", 1)
+            wait_until(lambda: not process.probe(files).held, "the end of the first step")
+            answer = self.start_with(daemon, "cancel", run_id=run_id, request="x")
+            self.assertIn(answer["state"], ("CANCELLING", "CANCELLED"))
+            run = daemon.wait_for(run_id)
+            self.assertEqual(run.state, "CANCELLED")
+            starts = [line.event for line in daemon.events(run_id) if isinstance(line.event, StepStarted)]
+            self.assertEqual([event.step for event in starts], ["first"])
+            self.assertEqual(daemon.read("started"), "")
+
+    def test_adopted_steps_are_ended(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(
+                step("cleans", CLEANS_UP, grace_sec=LONG_GRACE),
+                step("ignores", IGNORES_TERM, grace_sec=NO_GRACE),
+                step("forks", FORKS, grace_sec=NO_GRACE),
+            )
+            wait_for_output(daemon, run_id, "cleans", "ignores", "forks")
+            daemon.kill()
+            self.start_with(daemon, "cancel", run_id=run_id, request="x")
+            run = daemon.wait_for(run_id)
+            self.assertEqual(run.state, "CANCELLED")
+            self.assertEqual([record.state for record in run.steps], ["CANCELLED"] * 3)
+            self.assertTrue(daemon.output(run_id, "cleans").endswith("cleaned\n"))
+
+    def test_a_step_that_was_promised_and_not_spawned_never_begins(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", "touch started; " + HANGS))
+            wait_for_output(daemon, run_id, "a")
+            daemon.kill()
+            for pid in daemon.processes():
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: not daemon.processes(), "their end")
+            for path in (f"{daemon.directory}/started", daemon.home.run(run_id).attempt(1, "a", 1).status):
+                os.unlink(path)
+            self.start_with(daemon, "cancel", run_id=run_id, request="x")
+            self.assertEqual(daemon.wait_for(run_id).state, "CANCELLED")
+            self.assertFalse(os.path.exists(f"{daemon.directory}/started"))
+            self.assertEqual(events_of(daemon, run_id, "a")[-2].why, "stopped")
+
+
+class DaemonKilledMeanwhile(unittest.TestCase):
+    """What is being ended when the daemon dies is ended by the next one, and never lost."""
+
+    def test_between_term_and_kill_of_a_cancel(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", IGNORES_TERM, grace_sec=1.5))
+            wait_for_output(daemon, run_id, "a")
+            cancel(daemon, run_id)
+            daemon.kill()
+            self.assertTrue(daemon.processes(run_id))
+            daemon.start()
+            self.assertEqual(daemon.wait_for(run_id).state, "CANCELLED")
+            self.assertEqual(events_of(daemon, run_id, "a")[-2].exit_code, None)
+
+    def test_between_term_and_kill_of_a_timeout(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", IGNORES_TERM, timeout_sec=0.8, grace_sec=1.5))
+            daemon.wait_for_event(run_id, "attempt_timed_out")
+            daemon.kill()
+            self.assertTrue(daemon.processes(run_id))
+            daemon.start()
+            self.assert_timed_out(daemon, run_id)
+
+    def test_killed_with_the_step_between_term_and_kill(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", IGNORES_TERM, timeout_sec=0.8, grace_sec=LONG_GRACE))
+            daemon.wait_for_event(run_id, "attempt_timed_out")
+            daemon.kill()
+            for pid in daemon.processes():
+                os.kill(pid, signal.SIGKILL)
+            daemon.start()
+            self.assert_timed_out(daemon, run_id)
+
+    def assert_timed_out(self, daemon: Daemon, run_id: str) -> None:
+        record = daemon.wait_for(run_id).steps[0]
+        self.assertEqual((record.state, record.reason, record.failures, record.losses), ("FAILED", "timeout", 1, 0))
+        self.assertEqual(names_of(daemon, run_id, "a")[-3:], ["attempt_timed_out", "attempt_exited", "step_failed"])
+
+    def test_a_timeout_that_passes_while_no_daemon_lives(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", HANGS, timeout_sec=0.4, grace_sec=LONG_GRACE))
+            wait_for_output(daemon, run_id, "a")
+            daemon.kill()
+            daemon.start()
+            self.assert_timed_out(daemon, run_id)
+
+
+class Timeout(unittest.TestCase):
+    """A timeout ends the whole tree and counts as a failed attempt."""
+
+    def test_of_an_attempt(self) -> None:
+        """With and without KILL. Tried again after the back-off, whose delays are the formula's."""
+        backoff = {"initial_sec": 0.05, "factor": 3, "max_sec": 0.2}
+        with Daemon() as daemon:
+            run_id = daemon.submit(
+                step("forks", FORKS, timeout_sec=0.2, grace_sec=NO_GRACE, retries=3, backoff=backoff),
+                step("cleans", CLEANS_UP, timeout_sec=1.2, grace_sec=LONG_GRACE),
+                step("jitter", "exit 1", retries=3, backoff={**backoff, "jitter": 1}),
+                step("after", "touch started", "forks"),
+            )
+            run = daemon.wait_for(run_id)
+            self.assertEqual([record.state for record in run.steps], ["FAILED", "FAILED", "FAILED", "SKIPPED"])
+            self.assertEqual([record.reason for record in run.steps[:2]], ["timeout", "timeout"])
+            self.assertEqual((run.steps[0].attempt, run.steps[0].failures, run.steps[0].losses), (4, 4, 0))
+            self.assertTrue(daemon.output(run_id, "cleans").endswith("cleaned\n"))
+            self.assertEqual(self.delays(daemon, run_id, "forks"), [50, 150, 200])
+            draws = [event.draw_ppm for event in events_of(daemon, run_id, "jitter") if event.name == "attempt_exited"]
+            spread = [base - base * draw // 1_000_000 for base, draw in zip((50, 150, 200), draws, strict=False)]
+            self.assertEqual(self.delays(daemon, run_id, "jitter"), spread)
+
+    def delays(self, daemon: Daemon, run_id: str, step_id: str) -> Sequence[int]:
+        """The delays in the log, each of them kept by the next start."""
+        delays = []
+        lines = [line for line in daemon.events(run_id) if getattr(line.event, "step", None) == step_id]
+        for retried, started in pairwise(lines):
+            if retried.event.name == "step_retried":
+                delays.append(retried.event.delay_ms)  # type: ignore[attr-defined]
+                self.assertEqual(started.event.name, "step_started")
+                self.assertGreaterEqual(started.mono_ms - retried.mono_ms, delays[-1])
+        return delays
+
+    def test_of_the_run(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(
+                step("done", "true"),
+                step("ignores", IGNORES_TERM, grace_sec=NO_GRACE),
+                step("cleans", CLEANS_UP, grace_sec=LONG_GRACE),
+                step("waits", "exit 1", retries=1, backoff={"initial_sec": 300, "max_sec": 300}),
+                step("pending", "true", "cleans"),
+                timeout_sec=1.5,
+            )
+            run = daemon.wait_for(run_id)
+            self.assertEqual((run.state, run.reason), ("FAILED", "run_timeout"))
+            self.assertEqual([record.state for record in run.steps], ["SUCCEEDED"] + ["CANCELLED"] * 4)
+            self.assertEqual([record.reason for record in run.steps], [None] + ["run_timeout"] * 4)
+            self.assertTrue(daemon.output(run_id, "cleans").endswith("cleaned\n"))
+            self.assertEqual(cancel(daemon, run_id), "FAILED")
+
+    def test_of_the_run_while_no_daemon_lives(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", HANGS, grace_sec=LONG_GRACE), timeout_sec=0.4)
+            wait_for_output(daemon, run_id, "a")
+            daemon.restart()
+            run = daemon.wait_for(run_id)
+            self.assertEqual((run.state, run.reason, run.steps[0].state), ("FAILED", "run_timeout", "CANCELLED"))
+
+    def test_a_cancel_in_the_grace_of_a_timeout_wins(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", IGNORES_TERM, timeout_sec=0.3, grace_sec=0.7, retries=5))
+            daemon.wait_for_event(run_id, "attempt_timed_out")
+            cancel(daemon, run_id)
+            run = daemon.wait_for(run_id)
+            self.assertEqual((run.state, run.steps[0].state, run.steps[0].attempt), ("CANCELLED", "CANCELLED", 1))
+
+
+class Shutdown(unittest.TestCase):
+    """`daemon stop` leaves the steps alone, `daemon stop --cancel-runs` ends them first."""
+
+    def test_with_cancel_runs(self) -> None:
+        with Daemon() as daemon:
+            runs = [
+                daemon.submit(step("a", CLEANS_UP, grace_sec=LONG_GRACE), step("b", "true", "a")),
+                daemon.submit(step("a", IGNORES_TERM, grace_sec=NO_GRACE)),
+            ]
+            for run_id in runs:
+                wait_for_output(daemon, run_id, "a")
+            self.assertEqual(daemon.request("shutdown", cancel_runs=True), {})
+            assert daemon.process is not None
+            self.assertEqual(daemon.process.wait(60), 0)
+            for run_id in runs:
+                self.assertEqual(daemon.fold(run_id).state, "CANCELLED")
+            self.assertTrue(daemon.output(runs[0], "a").endswith("cleaned\n"))
+            self.assertEqual(os.listdir(daemon.home.live), [])
+
+    def test_without(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", "echo began; until [ -e go ]; do sleep 0.02; done"))
+            wait_for_output(daemon, run_id, "a")
+            self.assertEqual(daemon.request("shutdown"), {})
+            assert daemon.process is not None
+            self.assertEqual(daemon.process.wait(60), 0)
+            self.assertTrue(daemon.processes(run_id))
+            self.assertEqual(daemon.fold(run_id).state, "RUNNING")
+            daemon.restart()
+            cancel(daemon, run_id)
+            self.assertEqual(daemon.wait_for(run_id).state, "CANCELLED")
+
+
+if __name__ == "__main__":
+    unittest.main()
