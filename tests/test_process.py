@@ -514,9 +514,11 @@ class TestLock(unittest.TestCase):
                 self.assertEqual(adopted.look(in_grace=False), process.ADOPTED_POLL_MS)
                 assert attempt.pid is not None
                 # Only the command hears this, so nobody sweeps its group.
-                command = [pid for pid in machine.group_members(attempt.pid) if pid != attempt.pid]
-                for pid in command:
-                    os.kill(pid, signal.SIGTERM)
+                for pid in machine.group_members(attempt.pid):
+                    # A `sleep` may have ended meanwhile.
+                    with contextlib.suppress(ProcessLookupError):
+                        if pid != attempt.pid:
+                            os.kill(pid, signal.SIGTERM)
                 self.assertEqual(bench.reap(attempt).code, -signal.SIGKILL, "it ends its group, itself too")
                 self.assertEqual(process.probe(attempt.files), Status(False, True, attempt.pid, 7))
                 self.assertEqual(bench.sweep(adopted).exit_code, 7)
