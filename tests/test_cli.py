@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import unittest
 from collections.abc import Mapping
 from typing import Any
@@ -60,10 +61,14 @@ class Case(unittest.TestCase):
     def popen(self, *arguments: str, program: tuple[str, ...] = PROGRAM, **settings: Any) -> subprocess.Popen[bytes]:
         settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
         process = subprocess.Popen([*program, *arguments], cwd=self.daemon.directory, env=self.environ, **settings)
-        self.addCleanup(self.end, process)
+        # Whoever reads from it in vain reads the end of file at last.
+        deadline = threading.Timer(DEADLINE_SEC, process.kill)
+        deadline.start()
+        self.addCleanup(self.end, process, deadline)
         return process
 
-    def end(self, process: subprocess.Popen[bytes]) -> None:
+    def end(self, process: subprocess.Popen[bytes], deadline: threading.Timer) -> None:
+        deadline.cancel()
         process.kill()
         process.communicate()
 
@@ -86,8 +91,15 @@ class Case(unittest.TestCase):
         return f"read x < {name}"
 
     def open_gate(self, name: str = "gate") -> None:
-        with open(f"{self.daemon.directory}/{name}", "w", encoding="utf-8") as file:
-            file.write("go\n")
+        def write() -> bool:
+            with contextlib.suppress(OSError):  # ENXIO: nobody reads it yet.
+                fd = os.open(f"{self.daemon.directory}/{name}", os.O_WRONLY | os.O_NONBLOCK)
+                os.write(fd, b"go\n")
+                os.close(fd)
+                return True
+            return False
+
+        wait_until(write, f"a step that reads {name}")
 
 
 class Usage(unittest.TestCase):
