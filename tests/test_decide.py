@@ -419,8 +419,8 @@ class Forgeries(unittest.TestCase):
 
     def decisions(self) -> Iterator[tuple[Log, int, Decision]]:
         """All decisions of a number of runs, each with its place in the log."""
-        for seed in range(40):
-            log = logs.random_walk(seed, turns=60)
+        for seed in range(25):
+            log = logs.random_walk(seed, turns=40)
             for place, line in enumerate(log.lines):
                 if isinstance(line.event, Decision):
                     with self.subTest(seed=seed, seq=line.seq):
