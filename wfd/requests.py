@@ -167,7 +167,9 @@ def _find(supervisor: Supervisor, params: dict[str, object]) -> tuple[str, LiveR
     if not is_run_id(run_id) or not os.path.lexists(files.directory):
         raise ProtocolError(protocol.NO_SUCH_RUN, f"there is no run {run_id}")
     last = journal.last_line(files, run_id)
-    if last is not None and isinstance(last.event, RunFinished):
+    is_marked = os.path.lexists(f"{supervisor.home.live}/{run_id}")
+    # Where the marker is still there, a take-over has failed, and the end that we read may not be durable.
+    if last is not None and isinstance(last.event, RunFinished) and not is_marked:
         return run_id, None
     journal.mark_live(supervisor.home, run_id)
     return run_id, supervisor.take_over(run_id)
