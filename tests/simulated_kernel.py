@@ -133,6 +133,7 @@ class Kernel:
         self.fds: dict[int, OpenFile] = {}
         self.processes: dict[int, Process] = {}
         self.attempts: dict[Key, Attempt] = {}
+        self.unspawnable: set[Key] = set()
         self.trace: list[str] | None = None
         self.plan_of: Callable[[Key], Plan] = lambda key: Plan()
         self.on_log: Callable[[str], None] = lambda text: None

@@ -38,6 +38,7 @@ class StepNotes:
     ready_ms: int = 0
     delay_ms: int = 0
     is_timed_out: bool = False
+    timed_out_ms: int = 0
     outcome: dict[str, Any] | None = None
 
 
@@ -51,6 +52,7 @@ class Ledger:
         self.lines: list[bytes] = []
         self.state = ""
         self.is_timed_out = False
+        self.stop_ms = 0
         self.is_damaged = False
         self.boot = ""
         self.requests: list[str] = []
@@ -122,6 +124,7 @@ class Ledger:
     def _on_run_cancel_requested(self, record: dict[str, Any]) -> str | None:
         if self.state != "RUNNING":
             return f"the run is {self.state}"
+        self.stop_ms = self.stop_ms if self.is_timed_out else record["mono_ms"]
         self.state = "CANCELLING"
         return self._note_request(record)
 
@@ -143,7 +146,7 @@ class Ledger:
     def _on_run_timed_out(self, record: dict[str, Any]) -> str | None:
         if self.state != "RUNNING" or self.is_timed_out or "timeout_ms" not in self.definition:
             return "the run cannot time out now"
-        self.is_timed_out = True
+        self.is_timed_out, self.stop_ms = True, record["mono_ms"]
         return None
 
     def _on_supervisor_started(self, record: dict[str, Any]) -> str | None:
@@ -222,7 +225,7 @@ class Ledger:
             return "it cannot time out now"
         if step.started_boot == self.boot and record["mono_ms"] < step.started_ms + timeout_ms:
             return f"it started at {step.started_ms} and has {timeout_ms} ms"
-        step.is_timed_out = True
+        step.is_timed_out, step.timed_out_ms = True, record["mono_ms"]
         return None
 
     def _attempt_problem(self, record: dict[str, Any]) -> tuple[StepNotes, str | None]:
@@ -275,6 +278,11 @@ class Ledger:
             return problem
         if attempt is not None and attempt.has_begun:
             return "in truth its command began"
+        key = (self.run_id, record["step"], record["attempt"])
+        if record["why"] == "exec" and key not in self.kernel.unspawnable:
+            return "the system would have started it"
+        if record["why"] == "cwd" and (attempt is None or attempt.plan.error != "cwd"):
+            return "its directory is there"
         if record["why"] == "stopped" and not (self.is_stopping or self.steps[record["step"]].is_timed_out):
             return "nobody had stopped it"
         return None
@@ -389,12 +397,20 @@ class Ledger:
                 return f"attempt {earlier} is alive"
         return None
 
-    def signal_problem(self, step_id: str, number: int) -> str | None:
+    def signal_problem(self, step_id: str, number: int, is_kill: bool) -> str | None:
         """May this attempt, whose shim lives, be ended now, by what is durable?"""
         step = self.steps[step_id]
         if step.attempt != number or step.state != "RUNNING":
             return f"the step is {step.state}, attempt {step.attempt}"
-        return None if self.is_stopping or step.is_timed_out else "no durable line says that it is to end"
+        since_ms = [self.stop_ms] if self.is_stopping else []
+        if step.is_timed_out:
+            since_ms.append(step.timed_out_ms)
+        if not since_ms:
+            return "no durable line says that it is to end"
+        kill_at_ms = min(since_ms) + int(step.definition["grace_ms"])
+        if is_kill and self.boot == self.kernel.boot_id and self.kernel.monotonic_ms() < kill_at_ms:
+            return f"its grace lasts until {kill_at_ms}"
+        return None
 
 
 def _shown(record: dict[str, Any]) -> str:

@@ -205,6 +205,7 @@ class SimulatedOs:
             raise _error(errno.EAGAIN)
         plan = kernel.plan_of(key)
         if isinstance(plan.error, int):
+            kernel.unspawnable.add(key)
             raise _error(plan.error)
         kernel.on_spawn(key)
         out = next(action[2] for action in file_actions if action[1] == 1)

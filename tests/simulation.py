@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import errno
 import gc
+import json
+import signal
 import sys
 import time
 import zlib
@@ -196,7 +198,8 @@ class History(World):
         if chance.hit(0.2):
             kernel.after(chance.below(horizon_ms), self._jump_wall_clock)
         if chance.hit(0.08):
-            kernel.after(chance.below(horizon_ms), lambda: self._call("shutdown", "shutdown", {}, 0))
+            params: dict[str, object] = {"cancel_runs": True} if chance.hit(0.5) else {}
+            kernel.after(chance.below(horizon_ms), lambda: self._call("shutdown", "shutdown", params, 0))
 
     def _window(self, horizon_ms: int, begin: Any, end: Any) -> None:
         start_ms = self.chance.below(horizon_ms)
@@ -259,6 +262,8 @@ class History(World):
         supervisor = Supervisor(_HOME, "/socket", selector, kernel.boot_id, "host", self.max_parallel)
         self.supervisor = supervisor
         supervisor.make_reserve()
+        if self.script is None and self.chance.hit(0.15):
+            self._hand_over(selector)
         supervisor.take_over_all()
         self.report.recovery_calls.append(kernel.calls - calls)
         served = 0
@@ -270,9 +275,19 @@ class History(World):
             served += 1
             self._check_turn(supervisor, turns + served)
             if not supervisor.live and self._is_over():
+                self._check_idle()
                 break
         supervisor.server.close_all()
         return served
+
+    def _hand_over(self, selector: SimulatedSelector) -> None:
+        """A client has started this daemon, with its request on a connection that is there from the beginning."""
+        waiting = [caller for caller in self.callers if not caller.is_done]
+        if waiting:
+            self.chance.pick(waiting).wake()
+        arrivals, selector.arrivals = selector.arrivals, []
+        for arrival in arrivals:
+            self._welcome(arrival)
 
     def _welcome(self, socket: SimulatedSocket) -> None:
         assert self.supervisor is not None
@@ -304,6 +319,8 @@ class History(World):
             kernel.cut_power()
         for client in (*self.callers, *self.watchers):
             client.hang_up()
+        if has_crashed and self.script is None and chance.hit(0.1):
+            self._recover_twice()
         if not self.is_calm and self.script is None and chance.hit(0.06):
             self._damage()
         until_ms = kernel.now_ms + (5 if self.script else chance.pick((0, 20, 300, 5_000)))
@@ -316,16 +333,54 @@ class History(World):
         node = self.kernel.disk.find(_HOME.run(ledger.run_id).events)
         if ledger.is_damaged or not isinstance(node, File) or ledger.state not in ("RUNNING", "CANCELLING"):
             return
+        if self.chance.hit(0.4):
+            self._cut_log(ledger, node)
+            return
         sure = _proven_durable(ledger)
         if sure < 1:
             return
         place = self.chance.below(sum(len(line) + 1 for line in ledger.lines[:sure]) - 1)
         node.data[place] ^= 1 << self.chance.below(7)
+        self.kernel.note(f"byte {place} of run {ledger.run_id} rots")
+        self._now_damaged(ledger, node)
+
+    def _cut_log(self, ledger: Ledger, node: File) -> None:
+        """The end of a log is gone, whole lines of it, but not what an attempt of which it told has left on disk."""
+        attempts = self.kernel.disk.directory(_HOME.run(ledger.run_id).attempts)
+        starts = [number for number, line in enumerate(ledger.lines) if b'"event":"step_started"' in line]
+        if not starts or starts[-1] == 0:
+            return
+        record = json.loads(ledger.lines[starts[-1]])
+        wanted = f"-{record['step']}.{record['attempt']}.status"
+        if any(name.endswith(wanted) for name in attempts.names):
+            attempts.sync()
+            node.truncate(sum(len(line) + 1 for line in ledger.lines[: starts[-1]]))
+            self.kernel.note(f"run {ledger.run_id} loses its lines from {starts[-1] + 1} on")
+            self._now_damaged(ledger, node)
+
+    def _now_damaged(self, ledger: Ledger, node: File) -> None:
         node.synced = node.promised = bytes(node.data)
         node.intact = len(node.data)
         ledger.is_damaged = True
         ledger.data = node.synced
-        self.kernel.note(f"byte {place} of run {ledger.run_id} rots")
+
+    def _recover_twice(self) -> None:
+        """A recovery that is killed before its first turn, and another: the second must find what the first has left."""
+        kernel = self.kernel
+        if kernel.disk.free is not None or kernel.has_no_descriptors or kernel.fails_to_sync:
+            return
+        nudge_at, kernel.nudge_at = kernel.nudge_at, NEVER
+        found = []
+        for _ in range(2):
+            kernel.start_daemon()
+            selector: Any = SimulatedSelector(kernel, self._welcome)
+            Supervisor(_HOME, "/socket", selector, kernel.boot_id, "host", self.max_parallel).take_over_all()
+            kernel.end_daemon()
+            nodes = [kernel.disk.find(_HOME.run(run_id).events) for run_id in self.ledgers]
+            found.append([bytes(node.data) for node in nodes if isinstance(node, File)])
+        kernel.nudge_at = nudge_at
+        if found[0] != found[1]:
+            raise Broken("a second recovery made other bytes than the first")
 
     # -- what the world sees --------------------------------------------------------------------------------------
 
@@ -360,7 +415,9 @@ class History(World):
 
     def _on_signal(self, attempt: Attempt, number: int, is_shim_alive: bool) -> None:
         run_id, step_id, attempt_number = attempt.key
-        problem = self.ledgers[run_id].signal_problem(step_id, attempt_number) if is_shim_alive else None
+        problem = None
+        if is_shim_alive:
+            problem = self.ledgers[run_id].signal_problem(step_id, attempt_number, number == signal.SIGKILL)
         if problem is not None:
             raise Broken(f"signal {number} was sent to attempt {attempt_number} of {run_id}/{step_id}, but {problem}")
 
@@ -438,6 +495,16 @@ class History(World):
         if turns > _MAX_TURNS or kernel.now_ms > self._calm_since_ms + _PATIENCE_MS:
             states = {run_id: ledger.state for run_id, ledger in self.ledgers.items()}
             raise Broken(f"after {turns} turns the end is not in sight: {states}, {_waiting(self.callers)}")
+        if self.script is None and self.chance.hit(0.03):
+            for live in supervisor.live.values():
+                problem = _status_problem(self.ledgers[live.run.run_id], live.run.describe())
+                if problem is not None and not live.journal.has_pending:
+                    raise Broken(f"the state of {live.run.run_id} is not the fold of its log: {problem}")
+
+    def _check_idle(self) -> None:
+        """A daemon with nothing to do holds nothing."""
+        if self.kernel.fds:
+            raise Broken(f"descriptors are left open: {[file.path for file in self.kernel.fds.values()]}")
 
     def _is_over(self) -> bool:
         """Everybody was answered and every run is over. When faults were still to come: now they will not."""
