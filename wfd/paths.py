@@ -12,8 +12,8 @@
 from __future__ import annotations
 
 import re
+from collections import namedtuple
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 # sockaddr_un.sun_path holds 104 bytes on macOS and 108 on Linux, the closing NUL included: 103 fit both.
 MAX_SOCKET_PATH_BYTES = 103
@@ -42,19 +42,20 @@ def default_home(environ: Mapping[str, str], platform: str, user_home: str) -> s
     return user_home + "/.local/state/wfd"
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptFiles:
+# Named tuples here and in protocol.py: importing dataclasses costs a client 5 ms, a quarter of a whole `status`.
+class AttemptFiles(namedtuple("AttemptFiles", "out status script")):
     """The files of one attempt."""
 
+    __slots__ = ()
     out: str
     status: str
     script: str
 
 
-@dataclass(frozen=True, slots=True)
-class RunFiles:
+class RunFiles(namedtuple("RunFiles", "directory")):
     """The files of one run."""
 
+    __slots__ = ()
     directory: str
 
     @property
@@ -89,10 +90,10 @@ def parse_attempt_name(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-@dataclass(frozen=True, slots=True)
-class Home:
+class Home(namedtuple("Home", "directory")):
     """The files of one home: one daemon, all its runs."""
 
+    __slots__ = ()
     directory: str
 
     @property

@@ -24,8 +24,8 @@ nothing. Replies come in the order of the requests of one connection. Lines are 
 from __future__ import annotations
 
 import json
+from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
 
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
@@ -60,10 +60,10 @@ class ProtocolError(Exception):
         self.request_id = request_id
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(namedtuple("Request", "id method params")):
     """One request. id None: a notification, which gets no answer."""
 
+    __slots__ = ()
     id: str | int | None
     method: str
     params: dict[str, object]
