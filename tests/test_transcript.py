@@ -17,8 +17,8 @@ from tests.daemon import ROOT, Daemon
 PATH = os.path.join(ROOT, "ARCHITECTURE.md")
 BLOCK = re.compile(r"(?<=```transcript\n).*?(?=```)", re.DOTALL)
 VOLATILE = {
-    "at", "boot_id", "crc", "durable", "finished_at", "home", "host", "max_parallel", "mono_ms", "peak_rss_kib", "pid", "socket",
-    "started_at", "submitted_at", "system_ms", "uptime_sec", "user_ms", "version",
+    "at", "boot_id", "crc", "durable", "finished_at", "home", "host", "max_parallel", "mono_ms", "peak_rss_kib", "pid",
+    "socket", "started_at", "submitted_at", "system_ms", "uptime_sec", "user_ms", "version",
 }  # fmt: skip
 
 
