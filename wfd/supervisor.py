@@ -431,6 +431,7 @@ class Supervisor:
         """A new run, durable on return. Raises OSError; then nothing of it is left."""
         run_id = submitted.run_id
         log_ = journal.create(self.home, run_id, submitted, environment.encode(), self.at, self.now_ms)
+        self.make_reserve()
         live = LiveRun(Run(Line(1, self.at, self.now_ms, 0, submitted)), log_, environment)
         self._own(live)
         self._decide(live)
