@@ -343,6 +343,22 @@ def soft_limit(kind: int, value: int) -> Iterator[None]:
         resource.setrlimit(kind, before)
 
 
+@contextlib.contextmanager
+def deadline() -> Iterator[None]:
+    """End what would otherwise wait for ever."""
+
+    def end(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(10)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 # A command that says when it is ready and then stays.
 STAYS = "echo ready; while :; do sleep 0.02; done"
 
@@ -692,7 +708,8 @@ class TestStatusFile(unittest.TestCase):
         self.assertEqual(process.probe(self.files), strange, "a directory")
         os.rmdir(self.path)
         os.mkfifo(self.path)
-        self.assertEqual(process.probe(self.files), strange, "a FIFO, which must not be waited for")
+        with deadline():
+            self.assertEqual(process.probe(self.files), strange, "a FIFO, which must not be waited for")
         os.unlink(self.path)
         with open(self.files.out, "w") as file:
             file.write("status 1\npid 4242\nexit 0\n")
