@@ -1,7 +1,8 @@
 """The README is run: its files are written, its commands run in order, in a copy of the project with a home of its own.
 
 Fenced blocks say what they are in their first line: `sh` is run; `sh test` is the tests themselves (checked to be the
-command that CI runs); `sh install` is run by CI, which may install things; `json file=NAME` and `python file=NAME` are
+command that CI runs); `sh install` is run by CI, which may install things; `sh service` needs a service
+manager and is tried by test_services.py where there is one; `json file=NAME` and `python file=NAME` are
 files that the commands use. Any other fenced block is a mistake.
 """
 
