@@ -241,10 +241,6 @@ class Run:
         limit = self.workflow.max_parallel
         return limit is None or len(self.running) < limit
 
-    def next_start_ms(self) -> int | None:
-        """mono_ms at which the first back-off ends, or None."""
-        return self._delayed[0][0] if self._delayed else None
-
     def deadline_ms(self) -> int | None:
         """mono_ms at which the run's own timeout passes, or None when it has none or cannot time out any more."""
         timeout_ms = self.workflow.timeout_ms
