@@ -2,8 +2,9 @@
 
 A watcher's place is an offset in the log, so it can be anywhere: far behind, it reads its history from the file in pieces,
 in turn with everybody else; caught up, it gets each committed batch from memory, framed once for all. Only durable bytes
-are sent. A watcher that does not read costs one outbox and a number; the server drops it in the end, and it comes back
-with the seq that it had reached.
+are sent, and those of a turn only after the daemon has acted on them: what starts next shall not wait for the news. A
+watcher that does not read costs one outbox and a number; the server drops it in the end, and it comes back with the seq
+that it had reached.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Watchers:
         self._places: dict[Connection, _Place] = {}
         self._by_run: dict[str, dict[Connection, None]] = {}
         self._hungry: dict[Connection, None] = {}
+        self._batches: list[Batch] = []
 
     def add(self, connection: Connection, run_id: str, offset: int, end: int) -> None:
         """Send this connection the run's log from `offset` on; `end` bytes of it are durable now."""
@@ -76,7 +78,12 @@ class Watchers:
             self._hungry[connection] = None
 
     def committed(self, batch: Batch) -> None:
-        """More of a run's log is durable. Whoever is caught up gets it at once."""
+        """More of a run's log is durable. Its watchers hear of it when they are fed."""
+        if batch.run_id in self._by_run:
+            self._batches.append(batch)
+
+    def _send(self, batch: Batch) -> None:
+        """Whoever is caught up gets the batch."""
         for connection in list(self._by_run.get(batch.run_id, ())):
             place = self._places[connection]
             place.end = batch.start + len(batch.data)
@@ -97,7 +104,10 @@ class Watchers:
         return bool(self._hungry)
 
     def feed(self) -> None:
-        """One piece of history for each who is behind and has room."""
+        """The batches of this turn; then one piece of history for each who is behind and has room."""
+        batches, self._batches = self._batches, []
+        for batch in batches:
+            self._send(batch)
         hungry, self._hungry = self._hungry, {}
         for connection in hungry:
             place = self._places.get(connection)
