@@ -265,6 +265,7 @@ class Outcomes(unittest.TestCase):
                 with self.subTest(before=before, end=end):
                     self.assertEqual(self.decided(before, end), outcome)
 
+    # P9.
     def test_lost_three_times_is_tried_again_and_the_fourth_fails(self) -> None:
         for kind in ("lose", "never_began"):
             with self.subTest(kind=kind):
@@ -334,6 +335,8 @@ def walks() -> Iterator[tuple[int, Log]]:
 
 
 class Replay(unittest.TestCase):
+    """P3: a log that these rules wrote verifies, whole and cut after any line."""
+
     def test_every_prefix_of_every_walk_verifies(self) -> None:
         for seed, log in walks():
             with self.subTest(seed=seed):
@@ -407,7 +410,7 @@ def assert_promises(test: unittest.TestCase, lines: list[Line]) -> None:
 
 
 class Forgeries(unittest.TestCase):
-    """Logs that somebody has changed, with everything else made right again."""
+    """P3: logs that somebody has changed, with everything else made right again: the first difference is named."""
 
     def assert_told(self, lines: list[Line], seq: int, expected: str | None, found: str) -> None:
         difference = replay(logs.renumbered(lines))[1]

@@ -240,6 +240,8 @@ class Creation(OnDisk):
 
 
 class TornTails(OnDisk):
+    """P7: a torn tail is cut off and kept, and never glued on to."""
+
     def test_the_log_cut_at_every_byte_after_line_1(self) -> None:
         whole = SMALL.data
         files = logs.save(self.home, whole)
@@ -345,6 +347,8 @@ class TornTails(OnDisk):
 
 
 class Damage(OnDisk):
+    """P7: damage anywhere else is refused, and nothing is touched."""
+
     def test_a_later_line_proves_that_a_bad_one_was_on_disk(self) -> None:
         """Every line but the first, altered or missing, with all that was written behind it."""
         files = logs.save(self.home, b"")
@@ -504,6 +508,8 @@ except OSError as error:
 
 
 class FailedCommits(OnDisk):
+    """P2, P8: what did not become durable is undone, and the next commit is right."""
+
     def assert_undone_and_going_on(self, log: Journal, committed: list[Line]) -> None:
         """After a failed commit: the file ends where it ended, the state is the durable one, and work goes on."""
         self.assertEqual((log.seq, log.durable, log.has_pending), (len(committed), len(committed), False))

@@ -347,6 +347,8 @@ class Deadlines(unittest.TestCase):
 
 
 class Sessions(unittest.TestCase):
+    """P12, as far as it is the state's: clocks that start anew."""
+
     def test_another_daemon_of_the_same_boot_changes_nothing_but_seq_and_clock(self) -> None:
         log = Log(workflow(step("a", timeout_sec=9), step("b", retries=1), timeout_sec=60)).start("a", "b").exit("b", 1)
         before = snapshot(log.run)
