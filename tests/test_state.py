@@ -434,6 +434,8 @@ class RetriedRuns(unittest.TestCase):
         self.assertEqual((log.run.reason, log.run.finished_at, log.run.requests), ("", None, {"again"}))
         self.assertEqual(log.run.deadline_ms(), log.now_ms + 60_000)
         self.assertIsNone(log.record("c").blocked_by)
+        for row in log.run.describe()["steps"][1:]:  # type: ignore[index]
+            self.assertEqual([row[name] for name in ("exit_code", "reason", "because", "finished_at")], [None] * 4)
         log.start("b")
         self.assertEqual(log.record("b").attempt, 2)
         log.exit("b", 0).start("c").exit("c", 0)
@@ -501,6 +503,19 @@ class Fold(unittest.TestCase):
                 for hint in ("_ready", "_delayed"):
                     del mine[hint], its[hint]
                 self.assertEqual(mine, its)
+
+    def test_the_counters_are_what_counting_would_find(self) -> None:
+        for seed in range(200):
+            log = logs.random_walk(seed)
+            states = log.states()
+            with self.subTest(seed=seed):
+                for record in log.run.steps:
+                    unmet = [id for id in record.step.depends_on if states[id] != "SUCCEEDED"]
+                    self.assertEqual(record.waiting, len(unmet))
+                words = list(states.values())
+                self.assertEqual(log.run.failed, words.count("FAILED"))
+                self.assertEqual(log.run.unfinished, sum(words.count(word) for word in ("PENDING", "READY", "RUNNING")))
+                self.assertEqual(len(log.run.running), words.count("RUNNING"))
 
     def test_describe(self) -> None:
         log = Log(workflow(step("a", retries=1), step("b", "a"), step("c"))).start("a", "c").exit("a", 3).exit("c", 0)

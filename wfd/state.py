@@ -375,9 +375,6 @@ class Run:
             if again is not None:
                 record.state, record.failures, record.losses, record.blocked_by = again, 0, 0, None
                 record.exit_code = record.reason = record.finished_at = None
-                record.waiting = sum(
-                    self.steps[self.index_of[name]].state is not SUCCEEDED for name in record.step.depends_on
-                )
                 self.unfinished += 1
                 if record.waiting == 0:
                     self._put_on_due(record)
