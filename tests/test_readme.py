@@ -8,6 +8,7 @@ files that the commands use. Any other fenced block is a mistake.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -46,6 +47,17 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(commands, ["python3 -m unittest"])
         with open(os.path.join(ROOT, ".ci", "run"), encoding="utf-8") as file:
             self.assertIn("-m unittest", file.read())
+
+    def test_each_promise_names_tests_that_are_there(self) -> None:
+        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+            rows = re.findall(r"^\| (P\d+) \|.*\| (.*) \|$", file.read(), re.MULTILINE)
+        self.assertEqual([number for number, _ in rows], [f"P{n}" for n in range(1, 13)])
+        for number, tests in rows:
+            for name in re.findall(r"`(.*?)`", tests):
+                with self.subTest(promise=number, test=name):
+                    module, _, case = name.partition(".")
+                    found = getattr(importlib.import_module(f"tests.{module}"), case)
+                    self.assertGreater(unittest.defaultTestLoader.loadTestsFromTestCase(found).countTestCases(), 0)
 
     def test_commands(self) -> None:
         with tempfile.TemporaryDirectory(prefix="wfd readme ") as directory:
