@@ -354,13 +354,14 @@ class TestListening(LoopTest):
         )
         command = [sys.executable, "-ISc", program, self.path]
         stranger = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        with stranger:
-            assert stranger.stdout is not None
-            self.assertEqual(stranger.stdout.readline(), b"connected\n")
-            self.loop.settle()
-            self.assertEqual(list(self.loop.server.connections), [])
-            answer, _ = stranger.communicate()
-            self.assertIn(answer, (b"b''\n", b"BrokenPipeError\n", b"ConnectionResetError\n"))
+        assert stranger.stdout is not None and stranger.stdin is not None
+        for end in (stranger.stdout.close, stranger.stdin.close, stranger.wait, stranger.kill):
+            self.addCleanup(end)
+        self.assertEqual(stranger.stdout.readline(), b"connected\n")
+        self.loop.settle()
+        self.assertEqual(list(self.loop.server.connections), [])
+        answer, _ = stranger.communicate()
+        self.assertIn(answer, (b"b''\n", b"BrokenPipeError\n", b"ConnectionResetError\n"))
         self.loop.settle()
         self.assertEqual(self.loop.lines, [])
 
