@@ -106,7 +106,7 @@ class SimulatedSelector:
             if ready or kernel.is_woken:
                 kernel.is_woken = False
                 return ready
-            if limit_ms == NEVER and not kernel.has_events:
+            if kernel.now_ms > kernel.give_up_ms or (limit_ms == NEVER and not kernel.has_events):
                 raise Broken("the daemon waits for something that will never come")
             if not kernel.happen(limit_ms):
                 return []
@@ -241,7 +241,7 @@ class Watcher(Client):
         if self.socket is not None and self._room is not None:
             # A slow terminal takes a little at a time.
             self.socket.room = self._room
-            self.wake_in(40)
+            self.wake_in(60)
 
     def on_message(self, line: bytes) -> None:
         if line.startswith(self._prefix):

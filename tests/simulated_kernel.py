@@ -44,7 +44,7 @@ class Plan:
     shim_dies_ms   from the spawn to a SIGKILL of the shim alone, or None
     on_term        of the command: "dies", "ignores", "zero" (exits 0 after a moment)
     survivor       None, or how a process that the command leaves in its group takes a TERM: "dies", "ignores"
-    error          None, "cwd" (the directory is not there), or an errno of the spawn
+    error          None, "cwd" (the directory is not there), "fork" (the shim cannot), or an errno of the spawn
     """
 
     begin_ms: int = 1
@@ -80,7 +80,6 @@ class Attempt:
     boot: int
     spawned_ms: int
     plan: Plan
-    is_trapped: bool = False
     has_begun: bool = False
     was_killed_alone: bool = False
     is_ended_by_daemon: bool = False
@@ -122,6 +121,7 @@ class Kernel:
         self.wall_offset_ms = 1_795_000_000_000
         self.calls = 0
         self.crash_at = NEVER
+        self.give_up_ms = NEVER
         self.nudge_at = NEVER
         self.nudge_every = 0
         self.dirty_crash = 0.0
@@ -196,8 +196,12 @@ class Kernel:
             raise Crash
         if self.calls >= self.nudge_at:
             self.nudge_at = self.calls + 1 + self.chance.below(self.nudge_every)
-            if self._events and self._events[0][0] <= self.now_ms + 200:
-                self.happen(NEVER)
+            self.nudge()
+
+    def nudge(self) -> None:
+        """The next event of the world happens now, in the middle of a call, if it was to happen soon anyway."""
+        if self._events and self._events[0][0] <= self.now_ms + 200:
+            self.happen(NEVER)
 
     def note(self, text: str) -> None:
         if self.trace is not None:
@@ -267,12 +271,14 @@ class Kernel:
     def _begin(self, attempt: Attempt, shim: Process, status: OpenFile) -> None:
         if not self._is_running(shim):
             return
-        attempt.is_trapped = True
-        self._write_status(status, f"pid {shim.pid}")
         if attempt.plan.error == "cwd":
             self._write_status(status, "error cwd")
             self._die(shim, 125 << 8)
             return
+        if attempt.plan.error == "fork":
+            self._die(shim, 2 << 8)
+            return
+        self._write_status(status, f"pid {shim.pid}")
         attempt.has_begun = True
         self.note(f"{_name(attempt.key)} begins as {shim.pid}")
         command = self._new_process(attempt.key, "command", shim.group, attempt.plan.on_term)
@@ -347,8 +353,8 @@ class Kernel:
         if self.processes.get(process.pid) is not process:
             return
         del self.processes[process.pid]
-        if process.role == "shim" and self.chance.hit(0.1):
-            self.after(PID_REUSE_MS + self.chance.below(3_000), lambda: self._reuse(process.pid))
+        if process.role == "shim" and self.chance.hit(0.3):
+            self.after(PID_REUSE_MS + self.chance.below(1_500), lambda: self._reuse(process.pid))
 
     def _reuse(self, pid: int) -> None:
         """A stranger gets a number that an attempt had."""
@@ -383,7 +389,8 @@ class Kernel:
             if number == signal.SIGKILL:
                 self._die(process, signal.SIGKILL)
             elif process.role == "shim":
-                if not attempt.is_trapped:
+                # Its traps are set long before it begins; the engine does not send a TERM earlier.
+                if not attempt.has_begun:
                     self._die(process, signal.SIGTERM)
             elif process.role == "survivor":
                 if process.on_term == "dies":

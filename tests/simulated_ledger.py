@@ -53,7 +53,7 @@ class Ledger:
         self.state = ""
         self.is_timed_out = False
         self.stop_ms = 0
-        self.is_damaged = False
+        self.is_damaged = self.is_quarantined = False
         self.boot = ""
         self.requests: list[str] = []
         self.steps: dict[str, StepNotes] = {}
@@ -268,7 +268,7 @@ class Ledger:
             if attempt is None and self.steps[record["step"]].started_boot == self.kernel.boot_id:
                 is_so = False
             return None if is_so else "there was no reboot"
-        if attempt is None or attempt.boot != self.kernel.boot or attempt.is_recorded or not attempt.is_trapped:
+        if attempt is None or attempt.boot != self.kernel.boot or attempt.is_recorded or not attempt.has_begun:
             return f"in truth {attempt}"
         return None if attempt.was_killed_alone else "nobody had killed it"
 
@@ -387,7 +387,8 @@ class Ledger:
             return f"no durable line says that it runs ({step})"
         if self.is_stopping:
             return "the run is being ended"
-        if (self.run_id, step_id, number) in self.kernel.attempts:
+        before = self.kernel.attempts.get((self.run_id, step_id, number))
+        if before is not None and (before.is_alive or before.plan.error != "fork"):
             return "it was spawned already"
         if self.boot == self.kernel.boot_id and self.kernel.monotonic_ms() < step.ready_ms:
             return f"its back-off ends at {step.ready_ms}"

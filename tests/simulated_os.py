@@ -268,6 +268,9 @@ class SimulatedFcntl:
 
     def flock(self, fd: int, operation: int) -> None:
         self._kernel.enter("flock", fd)
+        if self._kernel.nudge_every and self._kernel.chance.hit(0.15):
+            # Between the lock and what is read of the file lies the attempt's end.
+            self._kernel.nudge()
         file = self._kernel.fds[fd]
         assert isinstance(file.node, File)
         if operation & self.LOCK_UN:

@@ -66,7 +66,8 @@ class Histories(unittest.TestCase):
 _WANTED = (
     "=== killed", "=== power cut", "fsync fails", "the disk is full", "simulated EMFILE", "simulated EAGAIN",
     "simulated ENOSPC", "the wall clock jumps", " rots", "is quarantined", "is stalled",
-    "run_retried", "run_timed_out", "attempt_timed_out", "attempt_lost step=a attempt=1 why=killed",
+    "run_retried", "run_timed_out", "attempt_timed_out", "could not start another process",
+    "attempt_lost step=a attempt=1 why=killed", "reason=lost delay_ms",
     "attempt_lost step=a attempt=1 why=rebooted", "why=never_began", "why=stopped", "why=cwd", "why=exec",
     "step_skipped", "step_cancelled", "log_recovered dropped_bytes=0", "kept_as=torn-", "state=SUCCEEDED",
     "state=FAILED", "state=CANCELLED", "events.ndjson.new",
