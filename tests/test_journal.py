@@ -19,7 +19,7 @@ import tempfile
 import unittest
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -520,6 +520,10 @@ class FailedCommits(OnDisk):
         log.commit()
         self.assertEqual(read(log.files), logs.encode([*committed, line]))
         self.assertEqual(log.refold().requests, {"request-2"})
+        inode = os.stat(log.files.events).st_ino
+        log.append(LogRecovered(0), AT, 9)
+        log.commit()
+        self.assertEqual(os.stat(log.files.events).st_ino, inode, "one move is enough")
 
     def begin(self) -> tuple[Journal, list[Line]]:
         """A run with some lines, and a batch that waits."""
@@ -702,6 +706,32 @@ class Readers(OnDisk):
         self.assertEqual((run.describe(), reading.torn_bytes), (huge.run.describe(), 0))
 
 
+class Descriptors(OnDisk):
+    def test_none_is_left_open_whatever_fails(self) -> None:
+        logs.save(self.home, DIAMOND.data[:-5], "r1")
+        os.makedirs(self.home.run("fifo").attempts)
+        os.mkfifo(self.home.run("fifo").events)
+        before = descriptors()
+        for turn in range(7):
+            with sync_that(*[None] * turn, fail), suppress(OSError):
+                journal.create(self.home, f"new{turn}", SUBMITTED, b"{}", AT, 1).close()
+            with sync_that(*[None] * turn, fail), suppress(OSError):
+                journal.recover(self.home, "r1")[0].close()
+        log = journal.recover(self.home, "r1")[0]
+        with sync_that(fail, fail, None, fail):
+            for _ in range(4):
+                log.append(LogRecovered(0), AT, 1)
+                try:
+                    log.commit()
+                except CommitFailed:
+                    log.refold()
+        log.close()
+        for act in (journal.fold, journal.last_line, journal.submitted):
+            self.assertRaises(Damaged, act, self.home.run("fifo"), "fifo")
+            self.assertIsNotNone(act(self.home.run("r1"), "r1"))
+        self.assertEqual(descriptors(), before)
+
+
 class Markers(OnDisk):
     def test_live_markers(self) -> None:
         journal.mark_live(self.home, "r1")
@@ -753,6 +783,11 @@ def growing(*pieces: bytes) -> io.BufferedReader:
             return len(taken)
 
     return io.BufferedReader(Raw())
+
+
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(os.listdir("/dev/fd"))
 
 
 def run_child(program: str, *arguments: str) -> str:
