@@ -115,6 +115,10 @@ class SimulatedSelector:
         return (_READ if socket.inbound or socket.has_eof else 0) | (_WRITE if socket.room != 0 else 0)
 
 
+def _request(method: str, params: dict[str, object]) -> bytes:
+    return _ENCODER.encode({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode() + b"\n"
+
+
 class Client:
     """Somebody at a terminal. `world` connects it, and hears what it hears."""
 
@@ -135,16 +139,15 @@ class Client:
     def wake(self) -> None:
         raise NotImplementedError
 
-    def ask(self, method: str, params: dict[str, object]) -> bool:
+    def ask(self, line: bytes) -> bool:
         """Send a request, on a new connection if need be. False when nobody listens."""
         if self.socket is None:
             self.socket = self.world.connect(self)
             self._inbox = b""
         if self.socket is None:
             return False
-        self.kernel.note(f"client {self.name}: {method}")
-        request = _ENCODER.encode({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})
-        self.socket.inbound += request.encode() + b"\n"
+        self.kernel.note(f"client {self.name} asks")
+        self.socket.inbound += line
         return True
 
     def let_go(self) -> None:
@@ -186,13 +189,14 @@ class Caller(Client):
         super().__init__(world, name)
         self.method = method
         self.params = params
+        self.line = _request(method, params)
         self.is_done = False
         self.patience = 400
 
     def wake(self) -> None:
         # Nothing was heard for a while: perhaps the request is lost. A new connection, the same request.
         self.let_go()
-        self.ask(self.method, self.params)
+        self.ask(self.line)
         self.wake_in(self.kernel.chance.between(300, 3_000))
 
     def on_message(self, line: bytes) -> None:
@@ -236,7 +240,8 @@ class Watcher(Client):
         self._prefix = _EVENT % run_id.encode()
 
     def wake(self) -> None:
-        if self.socket is None and not self.ask("watch", {"run_id": self.run_id, "from_seq": len(self.lines) + 1}):
+        line = _request("watch", {"run_id": self.run_id, "from_seq": len(self.lines) + 1})
+        if self.socket is None and not self.ask(line):
             self.wake_in(self.kernel.chance.between(50, 600))
         if self.socket is not None and self._room is not None:
             # A slow terminal takes a little at a time.

@@ -116,7 +116,7 @@ class Kernel:
         self.chance = chance
         self.disk = Disk()
         self.now_ms = 0
-        self.boot = 1
+        self.boot, self.boot_id = 1, "boot-1"
         self.incarnation = 0
         self.wall_offset_ms = 1_795_000_000_000
         self.calls = 0
@@ -125,6 +125,7 @@ class Kernel:
         self.nudge_at = NEVER
         self.nudge_every = 0
         self.dirty_crash = 0.0
+        self.is_crash_dirty = False
         self.is_dead = True
         self.is_woken = False
         self.late_exit_notice = 0.0
@@ -148,10 +149,6 @@ class Kernel:
         self._statuses: dict[Process, OpenFile] = {}
 
     # -- time -----------------------------------------------------------------------------------------------------
-
-    @property
-    def boot_id(self) -> str:
-        return f"boot-{self.boot}"
 
     def monotonic_ms(self) -> int:
         return self.now_ms - self._boot_ms
@@ -210,7 +207,8 @@ class Kernel:
     def crash_soon(self) -> None:
         """Unsynced bytes are where crashes hurt."""
         if self.crash_at < NEVER and self.dirty_crash and self.chance.hit(self.dirty_crash):
-            self.crash_at = self.calls + 1 + self.chance.below(4)
+            self.crash_at = self.calls + 1 + self.chance.below(3)
+            self.is_crash_dirty = True
 
     def start_daemon(self) -> None:
         self.incarnation += 1
@@ -237,6 +235,7 @@ class Kernel:
         self.processes, self._statuses = {}, {}
         self.disk.cut_power(self.chance)
         self.boot += 1
+        self.boot_id = f"boot-{self.boot}"
         self._boot_ms = self.now_ms - self.chance.below(60_000)
         self._next_pid = _FIRST_PID
         for attempt in self.attempts.values():

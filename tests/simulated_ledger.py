@@ -251,7 +251,7 @@ class Ledger:
             return None if self._may_be_unknown(record) else "its command never ran"
         code = record.get("exit_code")
         if code is None:
-            if attempt.is_recorded and attempt.boot == self.kernel.boot:
+            if attempt.is_recorded and f"boot-{attempt.boot}" == self.boot:
                 return f"the world knows that it exited {attempt.code}"
             return None if self._may_be_unknown(record) else "nobody had ended it"
         return None if attempt.is_recorded and attempt.code == code else f"in truth {attempt}"
@@ -268,7 +268,8 @@ class Ledger:
             if attempt is None and self.steps[record["step"]].started_boot == self.kernel.boot_id:
                 is_so = False
             return None if is_so else "there was no reboot"
-        if attempt is None or attempt.boot != self.kernel.boot or attempt.is_recorded or not attempt.has_begun:
+        # The line may be of the boot before, and durable only now.
+        if attempt is None or f"boot-{attempt.boot}" != self.boot or attempt.is_recorded or not attempt.has_begun:
             return f"in truth {attempt}"
         return None if attempt.was_killed_alone else "nobody had killed it"
 

@@ -45,7 +45,8 @@ _DAY_MS = 86_400_000
 # A history that is not over by then, after the last fault, never will be.
 _PATIENCE_MS = 300_000
 _MAX_TURNS = 4_000
-_POWER_CUTS = 0.3
+# Of crashes anywhere, and of those in the middle of a write: together about a third.
+_POWER_CUTS, _POWER_CUTS_IN_WRITES = 0.2, 0.6
 _ENVIRONMENT = {"env": {"HOME": "/home/u"}, "umask": 18, "limits": {}}
 
 
@@ -63,6 +64,7 @@ class Report:
     digest: int = 0
     calls: int = 0
     crashes: int = 0
+    power_cuts: int = 0
     lines: int = 0
     trace: list[str] = field(default_factory=list)
     recovery_calls: list[int] = field(default_factory=list)
@@ -147,7 +149,7 @@ class History(World):
         self.max_parallel = chance.pick((1, 2, 3, 100))
         kernel.nudge_every = chance.pick((0, 12, 40))
         kernel.nudge_at = kernel.calls + 1 if kernel.nudge_every else NEVER
-        kernel.dirty_crash = chance.pick((0.0, 0.05, 0.15))
+        kernel.dirty_crash = chance.pick((0.0, 0.1, 0.25))
         kernel.late_exit_notice = chance.pick((0.0, 0.0, 0.3))
         self._crashes_left = chance.pick((0, 1, 1, 2, 2, 3, 5))
         self._is_cursed = chance.hit(0.03)
@@ -312,8 +314,10 @@ class History(World):
                 is_power_cut = self.script.crashes[self.report.crashes][1] == "power cut"
             else:
                 self._crashes_left -= 1
-                is_power_cut = chance.hit(_POWER_CUTS)
+                is_power_cut = chance.hit(_POWER_CUTS_IN_WRITES if kernel.is_crash_dirty else _POWER_CUTS)
+                kernel.is_crash_dirty = False
             self.report.crashes += 1
+            self.report.power_cuts += is_power_cut
         kernel.end_daemon()
         if is_power_cut:
             kernel.cut_power()
@@ -321,8 +325,12 @@ class History(World):
             client.hang_up()
         if has_crashed and self.script is None and chance.hit(0.1):
             self._recover_twice()
-        if not self.is_calm and self.script is None and chance.hit(0.08):
-            self._damage()
+        if not self.is_calm and self.script is None:
+            if chance.hit(0.08):
+                self._damage()
+            if chance.hit(0.1):
+                # The next daemon meets this first.
+                kernel.fails_to_sync = 1
         until_ms = kernel.now_ms + (5 if self.script else chance.pick((0, 20, 300, 5_000)))
         while kernel.happen(until_ms):
             pass
@@ -363,6 +371,8 @@ class History(World):
     def _now_damaged(self, ledger: Ledger, node: File) -> None:
         node.synced = node.promised = bytes(node.data)
         node.intact = len(node.data)
+        # Whatever happens next, this is the file that will be found.
+        self.kernel.disk.directory(_HOME.run(ledger.run_id).directory).sync()
         ledger.is_damaged = True
         ledger.data = node.synced
 
@@ -703,18 +713,18 @@ def main(arguments: list[str] | None = None) -> int:
     gc.set_threshold(50_000)
     if options.exhaustive:
         return 1 if exhaust(3, 2) else 0
-    began, failed, crashes = time.process_time(), 0, 0
+    began, failed, crashes, cuts = time.process_time(), 0, 0, 0
     for seed in range(options.seed, options.seed + options.count):
         report = simulate(seed, is_traced=options.verbose)
-        crashes += report.crashes
+        crashes, cuts = crashes + report.crashes, cuts + report.power_cuts
         if options.verbose:
             print("\n".join(report.trace))
         if report.problem:
             failed += 1
             print(f"seed {seed}: {report.problem}", flush=True)
-    seconds = time.process_time() - began
-    rate = options.count / seconds * 60
-    print(f"{options.count} histories, {crashes} crashes, {failed} broken promises; {rate:,.0f} a minute of one core")
+    rate = options.count * 60 / (time.process_time() - began)
+    print(f"{options.count} histories, {crashes} crashes ({cuts} power cuts), {failed} broken promises", end="; ")
+    print(f"{rate:,.0f} a minute of one core")
     return 1 if failed else 0
 
 

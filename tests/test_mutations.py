@@ -11,8 +11,8 @@ from wfd import __main__ as daemon
 from wfd import decide, state
 from wfd.paths import Home
 
-# Enough for those without a known seed; one with a seed that shows it no more gets as many.
-_SEEDS = range(60)
+# After a change of the engine the known seeds may show nothing any more; then the others are tried.
+_SEEDS = range(1_500)
 # Named tests that take longer than a moment are left to the long form.
 _QUICK = ("tests.test_mutations.Homes", "tests.test_decide", "tests.test_state")
 

