@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import unittest
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -425,6 +426,56 @@ class Following(InAHome):
                 if found.count(None) == 2:
                     go.set()
         self.assertEqual(found[:4], [1, 2, None, None])
+
+    def test_an_altered_line_is_damage(self) -> None:
+        """What the daemon passes on is what its disk gave it, so each line proves itself."""
+        lines = self.log.data.splitlines(keepends=True)
+        swapped = logs.encode([self.log.lines[4]], self.log.run_id)
+        unknown = events.encode(self.log.lines[3], 0).replace(b'"event":"', b'"event":"new_')
+        body = unknown[: -len(b'12345678"}\n')]
+        unknown = b'%b%08x"}\n' % (body, zlib.crc32(body, events.seed(self.log.run_id)))
+        cases = (
+            ("a byte was changed", lines[3].replace(b"step", b"stop", 1), "line 4 is not whole"),
+            ("the checksum was changed", lines[3][:-4] + bytes([lines[3][-4] ^ 1]) + lines[3][-3:], "line 4 is not whole"),
+            ("not even JSON", b"}" + lines[3], "line 4 is not whole"),
+            ("another line", swapped, "line 5 comes where line 4 should be"),
+            ("another run's line", logs.encode([self.log.lines[3]], "r2"), "line 4 is not whole"),
+            ("an event of the future", unknown, "line 4: unknown event 'new_"),
+        )
+        for name, altered, expected in cases:
+
+            def script(fake: Fake, request: dict[str, Any], altered: bytes = altered) -> Iterator[bytes]:
+                yield protocol.result(request["id"], {"run_id": "r1", "state": "FAILED", "last_seq": len(lines)})
+                for line in (*lines[:3], altered, *lines[4:]):
+                    yield protocol.event("r1", line)
+
+            with self.subTest(name), self.fake(script):
+                found = []
+                with self.assertRaisesRegex(RunDamaged, re.escape(expected)):
+                    for line in self.watch():
+                        found.append(line and line.seq)
+                self.assertEqual(found, [1, 2, 3])
+
+    def test_a_finished_log_that_does_not_reach_its_end(self) -> None:
+        """Without a daemon, and without waiting for one for ever."""
+        lines = self.log.data.splitlines(keepends=True)
+        # The last batch: nothing behind it proves that it was on disk.
+        data = b"".join([*lines[:-2], lines[-2].replace(b"step", b"stop", 1), lines[-1]])
+        files = logs.save(self.home, data)
+        why = f"its last line tells its end, but line {len(lines) - 1} is not whole"
+        for ask in (
+            lambda: list(self.watch()),
+            lambda: history.status(self.home, "r1"),
+            lambda: history.replay_run(self.home, "r1"),
+            lambda: history.replay_file(files.events),
+        ):
+            with self.assertRaisesRegex(RunDamaged, why):
+                ask()
+        # A run that may be unfinished is for the next daemon to judge: it cuts such a tail off and goes on.
+        with open(f"{self.home.live}/r1", "wb"):
+            pass
+        self.assertEqual(history.status(self.home, "r1")["last_seq"], len(lines) - 2)
+        self.assertEqual(history.replay_run(self.home, "r1").lines, len(lines) - 2)
 
     def test_refusals_end_it(self) -> None:
         for code, expected in ((protocol.NO_SUCH_RUN, NoSuchRun), (protocol.DAMAGED, RunDamaged)):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from wfd.decide import Difference
     from wfd.events import Line
+    from wfd.journal import Reading
     from wfd.state import Run
 
 _OnLine = Callable[["Line"], None]
@@ -30,6 +31,8 @@ LATEST = "@latest"
 MAX_CANDIDATES_SHOWN = 5
 # A first line holds a whole definition; this is what a request may hold, and more than that is no log.
 _MAX_LINE_BYTES = 64 << 20
+# A run_finished has a few hundred bytes; what is longer at the end of a log is none.
+_TAIL_BYTES = 4096
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -77,7 +80,11 @@ def fold(home: Home, run_id: str) -> Run:
     from wfd import journal
 
     try:
-        return journal.fold(home.run(run_id), run_id)[0]
+        run, reading = journal.fold(home.run(run_id), run_id)
+        if reading.torn_bytes and not _is_marked_live(home, run_id):
+            with journal.open_log(home.run(run_id), run_id) as file:
+                _check_tail(file, run_id, reading)
+        return run
     except FileNotFoundError:
         raise NoSuchRun(f"there is no run {run_id}") from None
     except journal.Damaged as error:
@@ -85,16 +92,44 @@ def fold(home: Home, run_id: str) -> Run:
 
 
 def lines(home: Home, run_id: str) -> Iterator[Line]:
-    """The good lines of a log, from the first. Raises NoSuchRun, RunDamaged."""
+    """The good lines of a log, from the first. Raises NoSuchRun, RunDamaged (also behind the last good line, when the
+    end of the run stands there out of reach)."""
     from wfd import journal
 
     try:
         with journal.open_log(home.run(run_id), run_id) as file:
-            yield from journal.Reading(file, run_id)
+            reading = journal.Reading(file, run_id)
+            yield from reading
+            if reading.torn_bytes and not _is_marked_live(home, run_id):
+                _check_tail(file, run_id, reading)
     except FileNotFoundError:
         raise NoSuchRun(f"there is no run {run_id}") from None
     except journal.Damaged as error:
         raise RunDamaged(str(error)) from None
+
+
+def _is_marked_live(home: Home, run_id: str) -> bool:
+    """May this run be unfinished? What is wrong with its tail is then for the next daemon to judge."""
+    return os.path.lexists(f"{home.live}/{run_id}")
+
+
+def _check_tail(file: BinaryIO, run_id: str, reading: Reading) -> None:
+    """Raise Damaged when a whole run_finished stands behind the last good line: then that tail was not torn in writing,
+    somebody has altered it. Looks only at what `reading` has seen, since a writer may have gone on."""
+    from wfd import events, journal
+
+    file.seek(reading.end + max(0, reading.torn_bytes - _TAIL_BYTES))
+    tail = file.read(min(reading.torn_bytes, _TAIL_BYTES))
+    raw = tail[:-1].rpartition(b"\n")[2]
+    if not tail.endswith(b"\n") or not events.checks(raw, events.seed(run_id)):
+        return
+    try:
+        is_end = events.decode(raw).event.name == "run_finished"
+    except events.InvalidEvent:
+        return
+    if is_end:
+        why = f"its last line tells its end, but line {reading.seq + 1} is not whole"
+        raise journal.Damaged(run_id, why)
 
 
 def summary(home: Home, run_id: str) -> dict[str, object] | None:
@@ -187,7 +222,7 @@ def replay_run(home: Home, run_id: str, until: int | None = None, on_line: _OnLi
 
     try:
         with journal.open_log(home.run(run_id), run_id) as file:
-            return _replay(file, run_id, until, on_line)
+            return _replay(file, run_id, until, on_line, _is_marked_live(home, run_id))
     except FileNotFoundError:
         raise NoSuchRun(f"there is no run {run_id}") from None
     except journal.Damaged as error:
@@ -216,7 +251,9 @@ def _run_id_in(path: str, first_line: bytes) -> str:
     return run_id
 
 
-def _replay(file: BinaryIO, run_id: str, until: int | None, on_line: _OnLine) -> Replay:
+def _replay(
+    file: BinaryIO, run_id: str, until: int | None, on_line: _OnLine, may_be_unfinished: bool = False
+) -> Replay:
     from wfd import decide, journal
     from wfd.state import Impossible
 
@@ -231,6 +268,8 @@ def _replay(file: BinaryIO, run_id: str, until: int | None, on_line: _OnLine) ->
 
     try:
         run, difference = decide.replay(shown())
+        if reading.torn_bytes and not may_be_unfinished:
+            _check_tail(file, run_id, reading)
     except journal.Damaged as error:
         raise RunDamaged(str(error)) from None
     except Impossible as error:

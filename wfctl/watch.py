@@ -6,15 +6,14 @@ there with the line after the last one that it has seen. It starts no daemon: lo
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 
 from wfctl import history
-from wfctl.client import FIRST_DELAY_SEC, MAX_DELAY_SEC, Connection, Gone, ReadTheLog, Silent, connect, parse
-from wfctl.errors import DaemonUnavailable
-from wfd import events
+from wfctl.client import FIRST_DELAY_SEC, MAX_DELAY_SEC, Connection, Gone, ReadTheLog, Silent, connect
+from wfctl.errors import DaemonUnavailable, RunDamaged
+from wfd import events, protocol
 from wfd.events import Line, RunFinished, RunRetried
 from wfd.paths import Home
 from wfd.state import END_STATES
@@ -37,6 +36,7 @@ class Watch:
     ) -> None:
         self._home = home
         self._run_id = run_id
+        self._seed = events.seed(run_id)
         self._tick_sec = tick_sec
         self._on_wait = on_wait
         self.next_seq = from_seq
@@ -95,7 +95,7 @@ class Watch:
             if raw is None:
                 yield None
                 continue
-            line = _line_of(raw)
+            line = self._line_of(raw)
             self.next_seq = line.seq + 1
             # The history of a run that was retried holds the ends of its earlier tries; what comes now is the end.
             if isinstance(line.event, RunFinished) and line.seq > last_seq:
@@ -123,12 +123,21 @@ class Watch:
                 yield line
         self.state = state
 
+    def _line_of(self, frame: bytes) -> Line:
+        """The line in a notification, proved by its own checksum: the daemon passes on what its disk gives it."""
+        try:
+            raw = protocol.line_of(frame)
+        except protocol.ProtocolError as error:
+            raise DaemonUnavailable(f"the daemon's answer cannot be read: {error}") from None
+        if not events.checks(raw, self._seed):
+            raise self._damaged(f"line {self.next_seq} is not whole")
+        try:
+            line = events.decode(raw)
+        except events.InvalidEvent as error:
+            raise self._damaged(f"line {self.next_seq}: {error}") from None
+        if line.seq != self.next_seq:
+            raise self._damaged(f"line {line.seq} comes where line {self.next_seq} should be")
+        return line
 
-def _line_of(raw: bytes) -> Line:
-    params = parse(raw).get("params")
-    record = params.get("line") if isinstance(params, dict) else None
-    try:
-        # The checksum is the daemon's business: it read the line from a log that it had verified.
-        return events.decode(json.dumps(record, separators=(",", ":")).encode("ascii"))
-    except events.InvalidEvent as error:
-        raise DaemonUnavailable(f"the daemon sent an event that cannot be read: {error}") from None
+    def _damaged(self, why: str) -> RunDamaged:
+        return RunDamaged(f"run {self._run_id} is damaged and was not touched: {why}")

@@ -116,6 +116,20 @@ def event(run_id: str, line: bytes) -> bytes:
     )
 
 
+_LINE_KEY = b',"line":'
+_EVENT_END = b"}}"
+
+
+def line_of(frame: bytes) -> bytes:
+    """The log line (without its newline) in a watcher's notification: the very bytes that `event` was given, so that
+    their checksum can be checked. Raises ProtocolError when the frame is no such notification."""
+    # The first key of that name is ours: a run id holds no quotes.
+    before, key, rest = frame.partition(_LINE_KEY)
+    if not (key and before.startswith(b'{"jsonrpc":"2.0","method":"event",') and rest.endswith(_EVENT_END)):
+        raise ProtocolError(INVALID_REQUEST, "what follows a watch is not an event")
+    return rest[: -len(_EVENT_END)]
+
+
 def parse_request(line: bytes) -> Request:
     """The request in a line (without its newline). Raises ProtocolError, which is the answer."""
     record = _parse(line)
