@@ -471,6 +471,24 @@ class Asking(Case):
         self.assertEqual(result.err, "11 older runs are not shown; --all shows them\n")
         self.assertEqual(len(self.call("list", "--all", "--json").json["runs"]), 61)
 
+    def test_a_live_run_is_listed_whatever_its_age(self) -> None:
+        self.write(step("a", self.gate()))
+        self.call("run", "-d", "--run-id", "old", "w.json")
+        os.utime(self.daemon.home.run("old").environment, (1, 1))
+        for number in range(cli.LIST_LIMIT):
+            run_id = f"n{number:03}"
+            logs.save(self.daemon.home, logs.complete(logs.workflow(), run_id=run_id).data, run_id)
+        for source in ("daemon", "log"):
+            found = self.call("list", "--json").json
+            self.assertEqual(found["source"], source)
+            self.assertEqual([found["runs"][-1][name] for name in ("run_id", "state")], ["old", "RUNNING"])
+            self.assertEqual(len(found["runs"]), cli.LIST_LIMIT + 1)
+            self.assertEqual(self.call("list").err.splitlines()[-1], "1 older runs are not shown; --all shows them")
+            self.call("daemon", "stop")
+        self.call("daemon", "start")
+        self.open_gate()
+        self.daemon.wait_for("old", "SUCCEEDED")
+
     def test_logs(self) -> None:
         self.assertEqual(self.call("logs", "r1").out, "==> a, attempt 1 <==\none\n==> b, attempt 2 <==\ntwo\x1b[1merr\n")
         self.assertEqual(self.call("logs", "r1", "b").out, "two\x1b[1merr\n")

@@ -688,6 +688,47 @@ class Names(InAHome):
         self.assertGreater(len(set(ids)), 40)
 
 
+class Order(InAHome):
+    """Runs in the order of their submission."""
+
+    def run_at(self, run_id: str, ns: int) -> None:
+        files = self.home.run(run_id)
+        os.mkdir(files.directory)
+        with open(files.environment, "wb"):
+            pass
+        os.utime(files.environment, ns=(ns, ns))
+
+    def test_names_do_not_lie(self) -> None:
+        """A name that a user chose tells nothing; runs of one second are told apart."""
+        base = 1_600_000_000 * 10**9  # 2020-09-13 12:26:40 UTC
+        order = [
+            ("zzz", -(10**15)),
+            ("20200913-122500-aaaa", -100 * 10**9),
+            ("20200913-122640-mmmm", 1),
+            ("20200913-122640-zzzz", 2),
+            ("20200913-122640-aaaa", 3),
+            ("99991231-000000-aaaa", 10**9),
+            ("20200913-122639-late", 2 * 10**9),
+            ("1-running", 10**11),
+            ("20210101-000000-aaaa", 10**16),
+            ("nightly", 10**17),
+        ]
+        for run_id, offset in order:
+            self.run_at(run_id, base + offset)
+        expected = [run_id for run_id, _ in reversed(order)]
+        for count in (None, *range(1, len(order) + 2)):
+            with self.subTest(count=count):
+                self.assertEqual(history.newest(self.home, history.run_ids(self.home), count), expected[:count])
+        self.assertEqual(history.resolve(self.home, "@latest"), "nightly")
+
+    def test_of_many_only_few_are_looked_at(self) -> None:
+        ids = [f"2020{number // 28 % 12 + 1:02}{number % 28 + 1:02}-{number % 24:02}0000-aaaa" for number in range(3000)]
+        ids = [*dict.fromkeys(ids), "nightly"]
+        with mock.patch.object(history, "_submitted_ns", side_effect=history._submitted_ns) as looked:
+            self.assertEqual(len(history.newest(self.home, ids, 5)), 5)
+        self.assertLess(looked.call_count, 20)
+
+
 class Logs(InAHome):
     """What is read from a log when nobody answers."""
 

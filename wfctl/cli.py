@@ -334,8 +334,10 @@ def _list(args: argparse.Namespace) -> int:
     answer = client.ask(home, "list", {})
     found = answer["runs"] if answer is not None else []
     live = {run["run_id"]: run for run in found} if isinstance(found, list) else {}
-    ids = history.run_ids(home)
-    shown = ids if args.all else ids[:LIST_LIMIT]
+    ids, unfinished = history.run_ids(home), history.marked_live(home) | live.keys()
+    shown = history.newest(home, ids, None if args.all else LIST_LIMIT)
+    # However old a run is that still goes on, it belongs to the picture.
+    shown += history.newest(home, list(unfinished.difference(shown)))
     runs = [row for run_id in shown if (row := live.get(run_id) or history.summary(home, run_id)) is not None]
     if args.json:
         _print_json({"source": "log" if answer is None else "daemon", "runs": runs})
@@ -344,8 +346,8 @@ def _list(args: argparse.Namespace) -> int:
         _sayer(args)("this comes from the logs, not from a daemon")
     if runs:
         print(render.list_text(runs, time.time(), _use_colour(args)))
-    if len(shown) < len(ids):
-        _sayer(args)(f"{len(ids) - len(shown)} older runs are not shown; --all shows them")
+    if older := len(set(ids).difference(shown)):
+        _sayer(args)(f"{older} older runs are not shown; --all shows them")
     return FINE
 
 

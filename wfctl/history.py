@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 
+from wfctl import render
 from wfctl.errors import NoSuchRun, RunDamaged
 from wfd.paths import RUN_ID_RULE, Home, RunFiles, is_run_id
 
@@ -27,6 +30,11 @@ if TYPE_CHECKING:
 _OnLine = Callable[["Line"], None]
 
 LATEST = "@latest"
+# Ids as client.new_run_id makes them.
+_GENERATED = re.compile(r"(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)-[a-z0-9]{4}", re.ASCII)
+_NS = 1_000_000_000
+# So much later than its id was made a run may be on disk: the daemon was started and 100,000 steps were taken in, twice.
+MAX_SUBMISSION_SEC = 150
 # Candidates that an ambiguous name's message shows.
 MAX_CANDIDATES_SHOWN = 5
 # A first line holds a whole definition; this is what a request may hold, and more than that is no log.
@@ -39,12 +47,55 @@ _TAIL_BYTES = 4096
 
 
 def run_ids(home: Home) -> list[str]:
-    """The runs of this home, newest first, as far as names tell (they begin with the time unless a user chose them)."""
+    """The runs of this home, in no order."""
     try:
         names = os.listdir(home.runs)
     except FileNotFoundError:
         return []
-    return sorted(filter(is_run_id, names), reverse=True)
+    return list(filter(is_run_id, names))
+
+
+def marked_live(home: Home) -> set[str]:
+    """The runs that may be unfinished: too many, never too few."""
+    try:
+        return set(filter(is_run_id, os.listdir(home.live)))
+    except OSError:
+        return set()
+
+
+def newest(home: Home, ids: list[str], count: int | None = None) -> list[str]:
+    """The `count` runs of these that were submitted last (all of them when None), the last one first.
+
+    A generated id tells when it was made, so that of thousands only those are looked at on disk that may be among the
+    `count`. A name that a user chose tells nothing, nor does one from the future."""
+    now_sec = time.time()
+    known = {run_id: made for run_id in ids if (made := _made_sec(run_id)) is not None and made <= now_sec}
+    exact = {run_id: _submitted_ns(home, run_id) for run_id in ids if run_id not in known}
+    if count is not None and count < len(ids):
+        border_sec = sorted([*known.values(), *(ns // _NS for ns in exact.values())], reverse=True)[count - 1]
+        known = {run_id: made for run_id, made in known.items() if made >= border_sec - MAX_SUBMISSION_SEC}
+    exact.update((run_id, _submitted_ns(home, run_id)) for run_id in known)
+    return sorted(exact, key=lambda run_id: (exact[run_id], run_id), reverse=True)[:count]
+
+
+def _made_sec(run_id: str) -> int | None:
+    """When a generated id was made, in seconds since 1970."""
+    found = _GENERATED.fullmatch(run_id)
+    if found is None:
+        return None
+    year, month, day, hour, minute, second = found.groups()
+    return int(render.epoch_sec(f"{year}-{month}-{day}T{hour}:{minute}:{second}Z"))
+
+
+def _submitted_ns(home: Home, run_id: str) -> int:
+    """When a run was submitted, in nanoseconds since 1970: its environment is written once, when it is created."""
+    files = home.run(run_id)
+    for path in (files.environment, files.directory):
+        try:
+            return os.stat(path).st_mtime_ns
+        except OSError:
+            pass  # Removed by hand, or just now.
+    return 0
 
 
 def resolve(home: Home, text: str) -> str:
@@ -55,10 +106,10 @@ def resolve(home: Home, text: str) -> str:
         ids = run_ids(home)
         if not ids:
             raise NoSuchRun(f"there are no runs in {home.directory}")
-        return ids[0]
+        return newest(home, ids, 1)[0]
     if not (text and is_run_id(f"0{text}0")):
         raise NoSuchRun(f"{text!r} is no run id or part of one ({RUN_ID_RULE})")
-    found = [run_id for run_id in run_ids(home) if run_id.startswith(text) or run_id.endswith(text)]
+    found = sorted((run_id for run_id in run_ids(home) if run_id.startswith(text) or run_id.endswith(text)), reverse=True)
     if len(found) == 1:
         return found[0]
     if not found:
@@ -251,9 +302,7 @@ def _run_id_in(path: str, first_line: bytes) -> str:
     return run_id
 
 
-def _replay(
-    file: BinaryIO, run_id: str, until: int | None, on_line: _OnLine, may_be_unfinished: bool = False
-) -> Replay:
+def _replay(file: BinaryIO, run_id: str, until: int | None, on_line: _OnLine, may_be_unfinished: bool = False) -> Replay:
     from wfd import decide, journal
     from wfd.state import Impossible
 
