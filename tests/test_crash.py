@@ -405,6 +405,28 @@ class LogCut(unittest.TestCase):
         self.assertEqual(daemon.wait_for(other).state, "SUCCEEDED")
 
 
+class FinishedAndDamaged(unittest.TestCase):
+    """P7: the last line of a log proves nothing about the lines before it."""
+
+    def test_every_answer_about_it_is_a_refusal(self) -> None:
+        with Daemon() as daemon:
+            daemon.damaged.add(run_id := daemon.submit(step("a", "true"), step("b", "false", "a")))
+            daemon.wait_for(run_id)
+            wait_until(lambda: not os.listdir(daemon.home.live), "the end of its marker")
+            log = read_log(daemon, run_id)
+            # In the last batch, too: then what follows would be a torn tail, were it not for the end that it tells.
+            for number in (2, len(log.splitlines()) - 3):
+                lines = log.splitlines(True)
+                lines[number] = lines[number].replace(b'"at"', b'"At"')
+                write_log(daemon, run_id, b"".join(lines))
+                for method, params in (
+                    ("status", {}), ("cancel", {"request": "r"}), ("retry", {"request": "r"}), ("watch", {"from_seq": 1}),
+                ):  # fmt: skip
+                    with self.subTest(line=number + 1, method=method), self.assertRaises(Refused) as caught:
+                        daemon.request(method, run_id=run_id, **params)
+                    self.assertEqual(caught.exception.code, protocol.DAMAGED)
+
+
 class KilledInRecovery(unittest.TestCase):
     """Doing a recovery twice, or being killed in the middle of it, changes nothing."""
 

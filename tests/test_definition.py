@@ -296,6 +296,15 @@ class Refusing(unittest.TestCase):
             ),
         )
 
+    def test_a_base_dir_that_is_not_utf_8_harms_only_what_starts_there(self) -> None:
+        base_dir = "/home/caf\udce9"
+        steps = [{"id": "a", "command": "true"}]
+        definition.validate({"workflow_id": "w", "cwd": "/tmp", "steps": steps}, base_dir)
+        for cwd in (".", "sub"):
+            with self.subTest(cwd=cwd), self.assertRaises(DefinitionError) as caught:
+                definition.validate({"workflow_id": "w", "cwd": cwd, "steps": steps}, base_dir)
+            self.assertEqual([problem.path for problem in caught.exception.problems], ["$.cwd"])
+
     def test_base_dir_is_checked_like_the_rest_and_with_it(self) -> None:
         for base_dir in ("", "relative", "~/x", "/a\0", None, "/x" * 5000):
             with self.subTest(base_dir=base_dir):

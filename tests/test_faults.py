@@ -165,6 +165,14 @@ class FullDisk(unittest.TestCase):
         self.assertEqual({ran(daemon, f"s{number}") for number in range(count)}, {1})
 
 
+SOFT_LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+from wfd.__main__ import main
+sys.exit(main())
+"""
+
+
 @linux_only
 class Limits(unittest.TestCase):
     """Limits of the daemon, lowered and raised while it runs."""
@@ -198,6 +206,16 @@ class Limits(unittest.TestCase):
             self.assertEqual(os.path.getsize(daemon.home.run(run_id).events), size, "half a batch is left")
         self.assertEqual(daemon.wait_for(run_id).state, "SUCCEEDED")
         self.assertEqual([ran(daemon, name) for name in "ab"], [1, 1])
+
+    def test_the_soft_limits_of_whoever_started_it_are_not_kept(self) -> None:
+        daemon = self.daemon
+        daemon.stop()
+        daemon.program = ("-c", SOFT_LIMITED)
+        daemon.start()
+        assert daemon.process is not None
+        soft, hard = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
+        self.assertEqual(soft, hard)
+        self.assertEqual(daemon.wait_for(daemon.submit(step("a", "true"))).state, "SUCCEEDED")
 
     def test_descriptors(self) -> None:
         daemon, run_id = self.daemon, self.submit_waiting()

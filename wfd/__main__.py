@@ -161,11 +161,17 @@ def _occupy_low_descriptors() -> None:
     os.close(null)
 
 
-def _raise_descriptor_limit() -> None:
+def _raise_limits() -> None:
+    """A daemon serves all shells of its user, so it must not keep the soft limits of the one that happened to start it.
+    Each step gets its own submitter's (process.limits)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _WANTED_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    for number in (resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_DATA, resource.RLIMIT_AS):
+        soft, hard = resource.getrlimit(number)
+        if soft != hard:
+            resource.setrlimit(number, (hard, hard))
 
 
 # -- home and lock ------------------------------------------------------------------------------------------------------
@@ -212,7 +218,7 @@ def _lock(home: Home, replace: bool, passed: list[socket.socket]) -> int:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 os.close(fd)
-                raise CannotStart(f"another daemon owns {home.directory}: see `wfctl daemon status`") from None
+                raise CannotStart(f"another daemon owns {home.directory}: see `daemon status`") from None
         if not asked:
             asked = True
             _ask_to_end(home, passed)
@@ -238,10 +244,14 @@ def _ask_to_end(home: Home, passed: list[socket.socket]) -> None:
 
 
 def _write_lock(lock: int, socket_path: str) -> None:
-    content = {
+    content: dict[str, object] = {
         "pid": os.getpid(), "socket": socket_path, "version": VERSION,
         "protocol_min": PROTOCOL_MIN, "protocol_max": PROTOCOL_MAX, "started_at": wall(),
     }  # fmt: skip
+    _replace_content(lock, content)
+
+
+def _replace_content(lock: int, content: dict[str, object]) -> None:
     data = json.dumps(content).encode() + b"\n"
     # In place, and cut afterwards: on a full disk the file must not give back the block that it has.
     os.pwrite(lock, data, 0)
@@ -322,7 +332,7 @@ def _notifier() -> tuple[Callable[[str], None], int | None]:
 def _serve(
     home: Home, lock: int, options: argparse.Namespace, handover: int | None, passed: list[socket.socket]
 ) -> None:
-    _raise_descriptor_limit()
+    _raise_limits()
     try:
         if not machine.inherits_locks(home.directory):
             raise CannotStart(f"{home.directory} is on a file system whose locks do not pass to children (NFS?)")
@@ -347,6 +357,9 @@ def _serve(
     notify("STOPPING=1")
     supervisor.server.close_all()
     _unlink_own(path, bound)
+    # A client that follows a run starts a daemon again when one has crashed, but not when it was asked to end.
+    with suppress(OSError):
+        _replace_content(lock, {"ended_at": wall()})
     log(f"pid {os.getpid()} ends; {supervisor.running} running steps go on")
 
 

@@ -332,7 +332,7 @@ class _Form(NamedTuple):
 
 def _build(document: object, form: _Form, base_dir: str, problems: list[Problem]) -> Workflow:
     try:
-        home = _absolute(base_dir)
+        home = _base_directory(base_dir)
     except DefinitionError as error:
         problems.extend(_under("base_dir", error.problems))
         home = "/"
@@ -541,8 +541,20 @@ def _absolute(value: object) -> str:
     return text
 
 
+def _base_directory(value: object) -> str:
+    """Where relative directories start. Its name is the system's, not the user's text: bytes that are no UTF-8 come as the
+    surrogates of PEP 383, which does no harm as long as no `cwd` starts there."""
+    if type(value) is not str or not value.startswith("/") or "\0" in value:
+        raise _refusal(f"must be an absolute path, not {_describe(value)}")
+    if (size := len(value.encode("utf-8", "surrogatepass"))) > MAX_PATH_BYTES:
+        raise _refusal(f"is {size} bytes long; at most {MAX_PATH_BYTES} are allowed")
+    return value
+
+
 def _resolve(cwd: str, home: str) -> str:
     """The directory `cwd` seen from `home`, by joining the texts alone: no file is looked at."""
+    if not cwd.startswith("/") and re.search("[\ud800-\udfff]", home):
+        raise _refusal("starts at a directory whose name is not UTF-8; write an absolute path", ".cwd")
     if cwd == ".":
         return home
     path = cwd if cwd.startswith("/") else f"{home.removesuffix('/')}/{cwd}"

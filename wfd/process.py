@@ -214,7 +214,7 @@ def _spawn(launch: Launch, status: int) -> int:
         (os.POSIX_SPAWN_DUP2, status, 9),
     ]
     cwd = launch.cwd.encode("utf-8", "surrogateescape")
-    arguments: list[bytes] = [b"sh", b"-c", SHIM.encode(), b"wfd-shim", cwd, b"%04o" % launch.umask]
+    arguments: list[bytes] = [b"sh", b"-c", SHIM.encode(), b"sh", cwd, b"%04o" % launch.umask]
     return os.posix_spawn(
         _SHELL,
         [*arguments, launch.limits.encode(), *command],

@@ -19,7 +19,7 @@ from wfd.journal import Damaged
 from wfd.paths import RUN_ID_RULE, RunFiles, is_run_id
 from wfd.protocol import ProtocolError
 from wfd.server import Connection
-from wfd.state import FAILED, SUCCEEDED
+from wfd.state import FAILED, SUCCEEDED, Run
 
 if TYPE_CHECKING:
     from wfd.supervisor import LiveRun, Supervisor
@@ -175,6 +175,21 @@ def _find(supervisor: Supervisor, params: dict[str, object]) -> tuple[str, LiveR
     return run_id, supervisor.take_over(run_id)
 
 
+def _fold_finished(files: RunFiles, run_id: str) -> Run:
+    """The end of a run whose last line tells it. That line alone proves nothing about those before it. Raises Damaged."""
+    run, _ = journal.fold(files, run_id)
+    if not run.is_over:
+        raise Damaged(run_id, f"its last line tells its end, but line {run.seq + 1} is not whole")
+    return run
+
+
+def _check_finished(supervisor: Supervisor, run_id: str) -> None:
+    """Refuse to speak of a finished run whose log is damaged, if it can be read in the loop. Raises Damaged, OSError."""
+    files = supervisor.home.run(run_id)
+    if os.stat(files.events).st_size <= FOLD_LIMIT_BYTES:
+        _fold_finished(files, run_id)
+
+
 def _state_of(supervisor: Supervisor, run_id: str) -> str:
     live = supervisor.live.get(run_id)
     if live is not None:
@@ -193,7 +208,7 @@ def _status(supervisor: Supervisor, connection: Connection, params: dict[str, ob
     files = supervisor.home.run(run_id)
     if os.stat(files.events).st_size > FOLD_LIMIT_BYTES:
         raise ProtocolError(protocol.READ_THE_LOG, f"run {run_id} is over and its log is long: read it yourself")
-    return None, lambda: {**journal.fold(files, run_id)[0].describe(), "source": "daemon", "stalled": None}
+    return None, lambda: {**_fold_finished(files, run_id).describe(), "source": "daemon", "stalled": None}
 
 
 def _list(supervisor: Supervisor, connection: Connection, params: dict[str, object]) -> _Answer:
@@ -225,7 +240,9 @@ def _cancel(supervisor: Supervisor, connection: Connection, params: dict[str, ob
         if not supervisor.give_up_reserve(error):
             raise
         run_id, live = _find(supervisor, params)
-    if live is not None:
+    if live is None:
+        _check_finished(supervisor, run_id)
+    else:
         supervisor.cancel(live, str(params["request"]))
     return live, lambda: {"run_id": run_id, "state": _state_of(supervisor, run_id)}
 
@@ -234,6 +251,7 @@ def _retry(supervisor: Supervisor, connection: Connection, params: dict[str, obj
     run_id, live = _find(supervisor, params)
     request = str(params["request"])
     if live is None:
+        _check_finished(supervisor, run_id)
         if supervisor.is_draining:
             raise ProtocolError(protocol.SHUTTING_DOWN, "the daemon is shutting down and starts nothing more")
         if _state_of(supervisor, run_id) == "SUCCEEDED":
@@ -246,7 +264,9 @@ def _retry(supervisor: Supervisor, connection: Connection, params: dict[str, obj
 
 
 def _watch(supervisor: Supervisor, connection: Connection, params: dict[str, object]) -> _Answer:
-    run_id, _ = _find(supervisor, params)
+    run_id, owner = _find(supervisor, params)
+    if owner is None:
+        _check_finished(supervisor, run_id)
     from_seq = params["from_seq"]
     assert isinstance(from_seq, int)
     files = supervisor.home.run(run_id)

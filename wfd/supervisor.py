@@ -225,7 +225,8 @@ class Supervisor:
             self.quarantine(live.run.run_id, error.why)
         except OSError as error:
             self._stall(live, f"the system refuses: {error.strerror or error}")
-        except (AssertionError, Impossible, KeyError, ValueError) as error:
+        except Exception as error:
+            # Whatever it is, the next daemon would meet it again: better one run stands still than all.
             self.quarantine(live.run.run_id, f"the daemon's own check failed: {error!r}")
 
     def quarantine(self, run_id: str, why: str) -> None:
