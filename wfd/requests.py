@@ -208,7 +208,9 @@ def _status(supervisor: Supervisor, connection: Connection, params: dict[str, ob
     files = supervisor.home.run(run_id)
     if os.stat(files.events).st_size > FOLD_LIMIT_BYTES:
         raise ProtocolError(protocol.READ_THE_LOG, f"run {run_id} is over and its log is long: read it yourself")
-    return None, lambda: {**_fold_finished(files, run_id).describe(), "source": "daemon", "stalled": None}
+    # Looked up now: later in this turn somebody may have the run tried again, and then its log has no end any more.
+    run = _fold_finished(files, run_id)
+    return None, lambda: {**run.describe(), "source": "daemon", "stalled": None}
 
 
 def _list(supervisor: Supervisor, connection: Connection, params: dict[str, object]) -> _Answer:
