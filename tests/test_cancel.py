@@ -58,6 +58,12 @@ def names_of(daemon: Daemon, run_id: str, step_id: str) -> list[str]:
 class Cancel(unittest.TestCase):
     """P6: after the answer no attempt starts; every group gets TERM, then KILL after its grace."""
 
+    daemon: Daemon
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.daemon = cls.enterClassContext(Daemon())
+
     def assert_cancelled(self, run: Run, reason: str = "cancel") -> None:
         self.assertEqual((run.state, run.reason), ("CANCELLED", "cancel"))
         for record in run.steps:
@@ -73,92 +79,92 @@ class Cancel(unittest.TestCase):
             "forks": (FORKS, NO_GRACE, 143),
             "leaves": (LEAVES_CHILD, NO_GRACE, 143),
         }
-        with Daemon() as daemon:
-            run_id = daemon.submit(
-                *(step(name, command, grace_sec=grace) for name, (command, grace, _) in steps.items()),
-                step("pending", "true", "hangs"),
-            )
-            wait_for_output(daemon, run_id, *steps)
-            self.assertEqual(cancel(daemon, run_id), "CANCELLING")
-            run = daemon.wait_for(run_id)
-            self.assert_cancelled(run)
-            self.assertEqual([record.exit_code for record in run.steps[:5]], [code for _, _, code in steps.values()])
-            self.assertTrue(daemon.output(run_id, "cleans").endswith("cleaned\n"), "the clean-up was not let finish")
-            self.assertEqual(names_of(daemon, run_id, "pending"), ["step_cancelled"])
+        daemon = self.daemon
+        run_id = daemon.submit(
+            *(step(name, command, grace_sec=grace) for name, (command, grace, _) in steps.items()),
+            step("pending", "true", "hangs"),
+        )
+        wait_for_output(daemon, run_id, *steps)
+        self.assertEqual(cancel(daemon, run_id), "CANCELLING")
+        run = daemon.wait_for(run_id)
+        self.assert_cancelled(run)
+        self.assertEqual([record.exit_code for record in run.steps[:5]], [code for _, _, code in steps.values()])
+        self.assertTrue(daemon.output(run_id, "cleans").endswith("cleaned\n"), "the clean-up was not let finish")
+        self.assertEqual(names_of(daemon, run_id, "pending"), ["step_cancelled"])
 
     def test_the_rest_of_a_group_keeps_its_grace(self) -> None:
         """The command is gone at once, what it started cleans up."""
         child = "(trap 'sleep 0.2; echo cleaned; exit' TERM; echo began; while :; do sleep 0.01; done) & wait"
-        with Daemon() as daemon:
-            run_id = daemon.submit(step("a", child, grace_sec=LONG_GRACE))
-            wait_for_output(daemon, run_id, "a")
-            cancel(daemon, run_id)
-            self.assert_cancelled(daemon.wait_for(run_id))
-            self.assertIn("cleaned", daemon.output(run_id, "a"))
+        daemon = self.daemon
+        run_id = daemon.submit(step("a", child, grace_sec=LONG_GRACE))
+        wait_for_output(daemon, run_id, "a")
+        cancel(daemon, run_id)
+        self.assert_cancelled(daemon.wait_for(run_id))
+        self.assertIn("cleaned", daemon.output(run_id, "a"))
 
     def test_at_once(self) -> None:
         """A TERM that comes before the command must not get lost, or it would live until the KILL."""
-        with Daemon() as daemon:
-            for number in range(20):
-                run_id = daemon.submit(step("a", HANGS, grace_sec=LONG_GRACE), step("b", HANGS, grace_sec=LONG_GRACE))
-                if number % 2:
-                    daemon.wait_for_event(run_id, "step_started")
-                cancel(daemon, run_id)
-                self.assert_cancelled(daemon.wait_for(run_id))
+        daemon = self.daemon
+        for number in range(20):
+            run_id = daemon.submit(step("a", HANGS, grace_sec=LONG_GRACE), step("b", HANGS, grace_sec=LONG_GRACE))
+            if number % 2:
+                daemon.wait_for_event(run_id, "step_started")
+            cancel(daemon, run_id)
+            self.assert_cancelled(daemon.wait_for(run_id))
 
     def test_a_stopped_step(self) -> None:
-        with Daemon() as daemon:
-            run_id = daemon.submit(step("a", "echo began; kill -STOP $$; sleep 600", grace_sec=LONG_GRACE))
-            wait_for_output(daemon, run_id, "a")
-            cancel(daemon, run_id)
-            self.assert_cancelled(daemon.wait_for(run_id))
+        daemon = self.daemon
+        run_id = daemon.submit(step("a", "echo began; kill -STOP $$; sleep 600", grace_sec=LONG_GRACE))
+        wait_for_output(daemon, run_id, "a")
+        cancel(daemon, run_id)
+        self.assert_cancelled(daemon.wait_for(run_id))
 
     def test_during_back_off_and_in_the_queue(self) -> None:
-        with Daemon() as daemon:
-            run_id = daemon.submit(
-                step("fails", "exit 1", retries=1, backoff={"initial_sec": 300, "max_sec": 300}),
-                step("holds", HANGS),
-                step("queued", "touch started"),
-                max_parallel=1,
-            )
-            daemon.wait_for_event(run_id, "step_retried", step="fails")
-            wait_for_output(daemon, run_id, "holds")
-            self.assertEqual(cancel(daemon, run_id), "CANCELLING")
-            self.assert_cancelled(daemon.wait_for(run_id))
-            self.assertEqual(names_of(daemon, run_id, "queued"), ["step_ready", "step_cancelled"])
-            self.assertEqual(names_of(daemon, run_id, "fails")[-2:], ["step_retried", "step_cancelled"])
-            self.assertEqual(daemon.read("started"), "")
+        daemon = self.daemon
+        run_id = daemon.submit(
+            step("fails", "exit 1", retries=1, backoff={"initial_sec": 300, "max_sec": 300}),
+            step("holds", HANGS),
+            step("queued", "touch started"),
+            max_parallel=1,
+        )
+        daemon.wait_for_event(run_id, "step_retried", step="fails")
+        wait_for_output(daemon, run_id, "holds")
+        self.assertEqual(cancel(daemon, run_id), "CANCELLING")
+        self.assert_cancelled(daemon.wait_for(run_id))
+        self.assertEqual(names_of(daemon, run_id, "queued"), ["step_ready", "step_cancelled"])
+        self.assertEqual(names_of(daemon, run_id, "fails")[-2:], ["step_retried", "step_cancelled"])
+        self.assertEqual(daemon.read("started"), "")
 
     def test_a_run_of_which_nothing_runs_ends_in_the_same_batch(self) -> None:
-        with Daemon() as daemon:
-            run_id = daemon.submit(step("a", "exit 1", retries=1, backoff={"initial_sec": 300, "max_sec": 300}))
-            daemon.wait_for_event(run_id, "step_retried")
-            self.assertEqual(cancel(daemon, run_id), "CANCELLED")
+        daemon = self.daemon
+        run_id = daemon.submit(step("a", "exit 1", retries=1, backoff={"initial_sec": 300, "max_sec": 300}))
+        daemon.wait_for_event(run_id, "step_retried")
+        self.assertEqual(cancel(daemon, run_id), "CANCELLED")
 
     def test_it_wins_over_exit_0(self) -> None:
-        with Daemon() as daemon:
-            run_id = daemon.submit(step("a", "trap 'exit 0' TERM; echo began; while :; do sleep 0.01; done"))
-            wait_for_output(daemon, run_id, "a")
-            cancel(daemon, run_id)
-            run = daemon.wait_for(run_id)
-            self.assert_cancelled(run)
-            self.assertEqual(run.steps[0].exit_code, 0)
+        daemon = self.daemon
+        run_id = daemon.submit(step("a", "trap 'exit 0' TERM; echo began; while :; do sleep 0.01; done"))
+        wait_for_output(daemon, run_id, "a")
+        cancel(daemon, run_id)
+        run = daemon.wait_for(run_id)
+        self.assert_cancelled(run)
+        self.assertEqual(run.steps[0].exit_code, 0)
 
     def test_twice_and_of_a_run_that_is_over(self) -> None:
-        with Daemon() as daemon:
-            done = daemon.submit(step("a", "true"))
-            daemon.wait_for(done)
-            before = daemon.events(done)
-            self.assertEqual(cancel(daemon, done), "SUCCEEDED")
-            self.assertEqual(daemon.events(done), before)
-            run_id = daemon.submit(step("a", CLEANS_UP, grace_sec=LONG_GRACE))
-            wait_for_output(daemon, run_id, "a")
-            for request in ("one", "one", "two"):
-                self.assertIn(cancel(daemon, run_id, request), ("CANCELLING", "CANCELLED"))
-            self.assert_cancelled(daemon.wait_for(run_id))
-            self.assertEqual(cancel(daemon, run_id, "three"), "CANCELLED")
-            self.assertEqual(daemon.names(run_id).count("run_cancel_requested"), 1)
-            self.assertEqual(daemon.output(run_id, "a").count("cleaned"), 1)
+        daemon = self.daemon
+        done = daemon.submit(step("a", "true"))
+        daemon.wait_for(done)
+        before = daemon.events(done)
+        self.assertEqual(cancel(daemon, done), "SUCCEEDED")
+        self.assertEqual(daemon.events(done), before)
+        run_id = daemon.submit(step("a", CLEANS_UP, grace_sec=LONG_GRACE))
+        wait_for_output(daemon, run_id, "a")
+        for request in ("one", "one", "two"):
+            self.assertIn(cancel(daemon, run_id, request), ("CANCELLING", "CANCELLED"))
+        self.assert_cancelled(daemon.wait_for(run_id))
+        self.assertEqual(cancel(daemon, run_id, "three"), "CANCELLED")
+        self.assertEqual(daemon.names(run_id).count("run_cancel_requested"), 1)
+        self.assertEqual(daemon.output(run_id, "a").count("cleaned"), 1)
 
 
 class CancelWithoutDaemon(unittest.TestCase):
@@ -231,25 +237,23 @@ class CancelWithoutDaemon(unittest.TestCase):
 class DaemonKilledMeanwhile(unittest.TestCase):
     """What is being ended when the daemon dies is ended by the next one, and never lost."""
 
-    def test_between_term_and_kill_of_a_cancel(self) -> None:
+    def test_between_term_and_kill(self) -> None:
+        """Of a cancel and of a timeout; and before a timeout."""
         with Daemon() as daemon:
-            run_id = daemon.submit(step("a", IGNORES_TERM, grace_sec=1.5))
-            wait_for_output(daemon, run_id, "a")
-            cancel(daemon, run_id)
+            cancelled = daemon.submit(step("a", IGNORES_TERM, grace_sec=1.2))
+            timed_out = daemon.submit(step("a", IGNORES_TERM, timeout_sec=0.8, grace_sec=1.2))
+            times_out = daemon.submit(step("a", HANGS, timeout_sec=1.5, grace_sec=LONG_GRACE))
+            wait_for_output(daemon, cancelled, "a")
+            daemon.wait_for_event(timed_out, "attempt_timed_out")
+            cancel(daemon, cancelled)
             daemon.kill()
-            self.assertTrue(daemon.processes(run_id))
+            self.assertTrue(daemon.processes(cancelled))
+            self.assertTrue(daemon.processes(timed_out))
             daemon.start()
-            self.assertEqual(daemon.wait_for(run_id).state, "CANCELLED")
-            self.assertEqual(events_of(daemon, run_id, "a")[-2].exit_code, None)
-
-    def test_between_term_and_kill_of_a_timeout(self) -> None:
-        with Daemon() as daemon:
-            run_id = daemon.submit(step("a", IGNORES_TERM, timeout_sec=0.8, grace_sec=1.5))
-            daemon.wait_for_event(run_id, "attempt_timed_out")
-            daemon.kill()
-            self.assertTrue(daemon.processes(run_id))
-            daemon.start()
-            self.assert_timed_out(daemon, run_id)
+            self.assertEqual(daemon.wait_for(cancelled).state, "CANCELLED")
+            self.assertEqual(events_of(daemon, cancelled, "a")[-2].exit_code, None)
+            self.assert_timed_out(daemon, timed_out)
+            self.assert_timed_out(daemon, times_out)
 
     def test_killed_with_the_step_between_term_and_kill(self) -> None:
         with Daemon() as daemon:
@@ -266,37 +270,35 @@ class DaemonKilledMeanwhile(unittest.TestCase):
         self.assertEqual((record.state, record.reason, record.failures, record.losses), ("FAILED", "timeout", 1, 0))
         self.assertEqual(names_of(daemon, run_id, "a")[-3:], ["attempt_timed_out", "attempt_exited", "step_failed"])
 
-    def test_a_timeout_that_passes_while_no_daemon_lives(self) -> None:
-        with Daemon() as daemon:
-            run_id = daemon.submit(step("a", HANGS, timeout_sec=0.4, grace_sec=LONG_GRACE))
-            wait_for_output(daemon, run_id, "a")
-            daemon.kill()
-            daemon.start()
-            self.assert_timed_out(daemon, run_id)
-
 
 class Timeout(unittest.TestCase):
     """A timeout ends the whole tree and counts as a failed attempt."""
 
+    daemon: Daemon
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.daemon = cls.enterClassContext(Daemon())
+
     def test_of_an_attempt(self) -> None:
         """With and without KILL. Tried again after the back-off, whose delays are the formula's."""
         backoff = {"initial_sec": 0.05, "factor": 3, "max_sec": 0.2}
-        with Daemon() as daemon:
-            run_id = daemon.submit(
-                step("forks", FORKS, timeout_sec=0.2, grace_sec=NO_GRACE, retries=3, backoff=backoff),
-                step("cleans", CLEANS_UP, timeout_sec=1.2, grace_sec=LONG_GRACE),
-                step("jitter", "exit 1", retries=3, backoff={**backoff, "jitter": 1}),
-                step("after", "touch started", "forks"),
-            )
-            run = daemon.wait_for(run_id)
-            self.assertEqual([record.state for record in run.steps], ["FAILED", "FAILED", "FAILED", "SKIPPED"])
-            self.assertEqual([record.reason for record in run.steps[:2]], ["timeout", "timeout"])
-            self.assertEqual((run.steps[0].attempt, run.steps[0].failures, run.steps[0].losses), (4, 4, 0))
-            self.assertTrue(daemon.output(run_id, "cleans").endswith("cleaned\n"))
-            self.assertEqual(self.delays(daemon, run_id, "forks"), [50, 150, 200])
-            draws = [event.draw_ppm for event in events_of(daemon, run_id, "jitter") if event.name == "attempt_exited"]
-            spread = [base - base * draw // 1_000_000 for base, draw in zip((50, 150, 200), draws, strict=False)]
-            self.assertEqual(self.delays(daemon, run_id, "jitter"), spread)
+        daemon = self.daemon
+        run_id = daemon.submit(
+            step("forks", FORKS, timeout_sec=0.2, grace_sec=NO_GRACE, retries=3, backoff=backoff),
+            step("cleans", CLEANS_UP, timeout_sec=1.2, grace_sec=LONG_GRACE),
+            step("jitter", "exit 1", retries=3, backoff={**backoff, "jitter": 1}),
+            step("after", "touch started", "forks"),
+        )
+        run = daemon.wait_for(run_id)
+        self.assertEqual([record.state for record in run.steps], ["FAILED", "FAILED", "FAILED", "SKIPPED"])
+        self.assertEqual([record.reason for record in run.steps[:2]], ["timeout", "timeout"])
+        self.assertEqual((run.steps[0].attempt, run.steps[0].failures, run.steps[0].losses), (4, 4, 0))
+        self.assertTrue(daemon.output(run_id, "cleans").endswith("cleaned\n"))
+        self.assertEqual(self.delays(daemon, run_id, "forks"), [50, 150, 200])
+        draws = [event.draw_ppm for event in events_of(daemon, run_id, "jitter") if event.name == "attempt_exited"]
+        spread = [base - base * draw // 1_000_000 for base, draw in zip((50, 150, 200), draws, strict=False)]
+        self.assertEqual(self.delays(daemon, run_id, "jitter"), spread)
 
     def delays(self, daemon: Daemon, run_id: str, step_id: str) -> Sequence[int]:
         """The delays in the log, each of them kept by the next start."""
@@ -310,37 +312,37 @@ class Timeout(unittest.TestCase):
         return delays
 
     def test_of_the_run(self) -> None:
-        with Daemon() as daemon:
-            run_id = daemon.submit(
-                step("done", "true"),
-                step("ignores", IGNORES_TERM, grace_sec=NO_GRACE),
-                step("cleans", CLEANS_UP, grace_sec=LONG_GRACE),
-                step("waits", "exit 1", retries=1, backoff={"initial_sec": 300, "max_sec": 300}),
-                step("pending", "true", "cleans"),
-                timeout_sec=1.5,
-            )
-            run = daemon.wait_for(run_id)
-            self.assertEqual((run.state, run.reason), ("FAILED", "run_timeout"))
-            self.assertEqual([record.state for record in run.steps], ["SUCCEEDED"] + ["CANCELLED"] * 4)
-            self.assertEqual([record.reason for record in run.steps], [None] + ["run_timeout"] * 4)
-            self.assertTrue(daemon.output(run_id, "cleans").endswith("cleaned\n"))
-            self.assertEqual(cancel(daemon, run_id), "FAILED")
+        daemon = self.daemon
+        run_id = daemon.submit(
+            step("done", "true"),
+            step("ignores", IGNORES_TERM, grace_sec=NO_GRACE),
+            step("cleans", CLEANS_UP, grace_sec=LONG_GRACE),
+            step("waits", "exit 1", retries=1, backoff={"initial_sec": 300, "max_sec": 300}),
+            step("pending", "true", "cleans"),
+            timeout_sec=1.5,
+        )
+        run = daemon.wait_for(run_id)
+        self.assertEqual((run.state, run.reason), ("FAILED", "run_timeout"))
+        self.assertEqual([record.state for record in run.steps], ["SUCCEEDED"] + ["CANCELLED"] * 4)
+        self.assertEqual([record.reason for record in run.steps], [None] + ["run_timeout"] * 4)
+        self.assertTrue(daemon.output(run_id, "cleans").endswith("cleaned\n"))
+        self.assertEqual(cancel(daemon, run_id), "FAILED")
 
     def test_of_the_run_while_no_daemon_lives(self) -> None:
-        with Daemon() as daemon:
-            run_id = daemon.submit(step("a", HANGS, grace_sec=LONG_GRACE), timeout_sec=0.4)
-            wait_for_output(daemon, run_id, "a")
-            daemon.restart()
-            run = daemon.wait_for(run_id)
-            self.assertEqual((run.state, run.reason, run.steps[0].state), ("FAILED", "run_timeout", "CANCELLED"))
+        daemon = self.daemon
+        run_id = daemon.submit(step("a", HANGS, grace_sec=LONG_GRACE), timeout_sec=0.4)
+        wait_for_output(daemon, run_id, "a")
+        daemon.restart()
+        run = daemon.wait_for(run_id)
+        self.assertEqual((run.state, run.reason, run.steps[0].state), ("FAILED", "run_timeout", "CANCELLED"))
 
     def test_a_cancel_in_the_grace_of_a_timeout_wins(self) -> None:
-        with Daemon() as daemon:
-            run_id = daemon.submit(step("a", IGNORES_TERM, timeout_sec=0.3, grace_sec=0.7, retries=5))
-            daemon.wait_for_event(run_id, "attempt_timed_out")
-            cancel(daemon, run_id)
-            run = daemon.wait_for(run_id)
-            self.assertEqual((run.state, run.steps[0].state, run.steps[0].attempt), ("CANCELLED", "CANCELLED", 1))
+        daemon = self.daemon
+        run_id = daemon.submit(step("a", IGNORES_TERM, timeout_sec=0.3, grace_sec=0.7, retries=5))
+        daemon.wait_for_event(run_id, "attempt_timed_out")
+        cancel(daemon, run_id)
+        run = daemon.wait_for(run_id)
+        self.assertEqual((run.state, run.steps[0].state, run.steps[0].attempt), ("CANCELLED", "CANCELLED", 1))
 
 
 class Shutdown(unittest.TestCase):
