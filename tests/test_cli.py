@@ -692,18 +692,56 @@ class DaemonDies(Case):
 
     def test_a_viewer_says_that_it_waits(self) -> None:
         self.write(step("a", self.gate()))
-        viewer = self.popen("run", "--run-id", "r1", "w.json")
-        assert viewer.stderr is not None
-        wait_until(lambda: os.path.exists(self.daemon.home.run("r1").events), "the run")
+        self.call("run", "-d", "--run-id", "r1", "w.json")
         self.daemon.wait_for_event("r1", "step_started")
+        viewer = self.popen("watch", "r1")
+        assert viewer.stderr is not None and viewer.stdout is not None
+        self.assertTrue(viewer.stdout.readline())
         os.kill(self.call("daemon", "status", "--json").json["pid"], signal.SIGKILL)
         self.assertRegex(viewer.stderr.readline().decode(), "^no daemon answers; waiting for one")
         self.assertEqual(self.call("status", "r1", "--json").json["source"], "log")
         self.assertEqual(self.call("cancel", "r1", "--wait").out, "r1 CANCELLED\n")
         out, _ = viewer.communicate(timeout=DEADLINE_SEC)
         self.assertEqual(viewer.returncode, 5)
-        self.assertRegex(out.decode(), r"result: CANCELLED after \S+ \(1 cancelled\)\n$")
+        self.assertRegex(out.decode(), r"\(run\) +CANCELLED.*\n$")
         self.daemon.check()
+
+    def test_an_attached_run_starts_a_daemon_again(self) -> None:
+        """And so does `cancel --wait`: what they wait for would never come."""
+        self.write(step("a", self.gate()), step("b", "true", "a"))
+        for number, flags in enumerate(((), ("-q",), ("--json",))):
+            with self.subTest(flags=flags):
+                viewer = self.popen("run", *flags, "--run-id", f"r{number}", "w.json")
+                wait_until(lambda: os.path.exists(self.daemon.home.run(f"r{number}").events), "the run")  # noqa: B023
+                self.daemon.wait_for_event(f"r{number}", "step_started")
+                os.kill(self.call("daemon", "status", "--json").json["pid"], signal.SIGKILL)
+                self.open_gate()
+                viewer.communicate(timeout=DEADLINE_SEC)
+                self.assertEqual(viewer.returncode, 0)
+        self.daemon.check()
+
+    def test_a_stopped_daemon(self) -> None:
+        """Questions fall back to the log, and say so; nobody waits for a minute."""
+        self.write(step("a", self.gate()))
+        self.call("run", "-d", "--run-id", "r1", "w.json")
+        self.daemon.wait_for_event("r1", "step_started")
+        pid = self.call("daemon", "status", "--json").json["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        self.addCleanup(os.kill, pid, signal.SIGCONT)
+        silent = f"the daemon (pid {pid}) does not answer: is it stopped?"
+        for arguments, code, source in ((("status", "r1"), 0, "the log"), (("list",), 0, "the logs")):
+            with self.subTest(arguments=arguments):
+                result = self.call(*arguments)
+                self.assertEqual(
+                    (result.code, result.err), (code, f"{silent}\nthis comes from {source}, not from a daemon\n")
+                )
+        result = self.call("daemon", "status")
+        self.assertEqual((result.code, result.out, result.err), (4, "", f"{silent}\n"))
+        result = self.call("wait", "r1", "--timeout", "0.5")
+        self.assertEqual((result.code, result.err.splitlines()[-1]), (124, "run r1 is not over after 0.5 seconds"))
+        os.kill(pid, signal.SIGCONT)
+        self.open_gate()
+        self.daemon.wait_for("r1", "SUCCEEDED")
 
 
 class Terminal(Case):

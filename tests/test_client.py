@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from unittest import mock
 
 import workflow as library
 from tests import logs
-from tests.daemon import MARK, Daemon
+from tests.daemon import MARK, Daemon, step, wait_until
 from wfctl import api, client, history
 from wfctl.errors import (
     DaemonUnavailable,
@@ -258,8 +259,14 @@ class Talking(InAHome):
                 client.ask(self.home, "list", {})
 
     def test_a_silent_daemon_is_as_good_as_none_for_a_question(self) -> None:
-        with mock.patch.object(client, "ANSWER_DEADLINE_SEC", 0.05), self.fake(lambda fake, request: []):
-            self.assertIsNone(client.ask(self.home, "list", {}))
+        told: list[str] = []
+        self.write_lock('{"pid": 4711}')
+        patch = mock.patch.multiple(client, ANSWER_DEADLINE_SEC=0.05, QUESTION_DEADLINE_SEC=0.04)
+        with patch, self.fake(lambda fake, request: []):
+            self.assertIsNone(client.ask(self.home, "list", {}, told.append))
+            self.assertEqual(told, ["the daemon (pid 4711) does not answer: is it stopped?"])
+            with self.assertRaises(client.Silent):
+                client.question(self.home, "list", {})
             with self.assertRaisesRegex(DaemonUnavailable, "is it stopped"):
                 client.command(self.home, "cancel", {"run_id": "r1", "request": "1"})
 
@@ -313,7 +320,7 @@ class Following(InAHome):
         self.waits = 0
 
     def watch(self, from_seq: int = 1, tick_sec: float | None = None) -> Watch:
-        def on_wait() -> None:
+        def on_wait(why: str) -> None:
             self.waits += 1
 
         return Watch(self.home, self.log.run_id, from_seq, tick_sec, on_wait)
@@ -589,6 +596,71 @@ class Starting(unittest.TestCase):
             self.assertEqual(len(re.findall(r", owns ", file.read())), 1)
         self.finish()
 
+    def test_a_log_that_has_grown_is_put_aside(self) -> None:
+        os.mkdir(self.daemon.home.directory, 0o700)
+        for size, is_kept in ((client.MAX_LOG_BYTES, False), (client.MAX_LOG_BYTES + 1, True)):
+            with open(self.daemon.home.log, "wb") as file:
+                file.truncate(size)
+            client.greet(self.daemon.home)
+            self.assertEqual(os.path.exists(self.daemon.home.log + ".1"), is_kept)
+            client.stop_daemon(self.daemon.home, cancel_runs=False)
+        self.assertEqual(os.stat(self.daemon.home.log + ".1").st_size, size)
+
+    def test_nothing_is_written_through_a_link(self) -> None:
+        os.mkdir(self.daemon.home.directory, 0o700)
+        target = f"{self.daemon.base}/target"
+        os.symlink(target, self.daemon.home.log)
+        with self.assertRaisesRegex(DaemonUnavailable, r"cannot be started: .*wfd\.log"):
+            client.greet(self.daemon.home)
+        self.assertFalse(os.path.exists(target))
+
+    def test_a_home_that_is_not_ours(self) -> None:
+        os.mkdir(self.daemon.home.directory, 0o700)
+        link = f"{self.daemon.base}/link"
+        os.symlink(self.daemon.home.directory, link)
+        cases = [(link, "is a symbolic link")]
+        if os.geteuid() == 0:
+            os.mkdir(f"{self.daemon.base}/theirs", 0o777)
+            os.chown(f"{self.daemon.base}/theirs", 65534, 65534)
+            cases.append((f"{self.daemon.base}/theirs", "belongs to another user"))
+        for path, expected in cases:
+            with self.subTest(expected), self.assertRaisesRegex(DaemonUnavailable, expected):
+                client.greet(Home(path))
+            self.assertEqual(os.listdir(path), [])
+
+    def test_a_run_of_ours_outlives_a_crash_of_the_daemon(self) -> None:
+        """Nobody else comes by: whoever waits for a run of its own starts a daemon again."""
+        gate = f"{self.daemon.base}/gate"
+        os.mkfifo(gate)
+        document = {"workflow_id": "w", "steps": [step("a", f"read x < {gate}"), step("b", "true", "a")]}
+
+        library.submit(document, "r1")
+        self.daemon.wait_for_event("r1", "step_started")
+
+        def crash() -> None:
+            daemon = client.ask(self.daemon.home, "hello", client.HELLO)
+            assert daemon is not None and isinstance(daemon["pid"], int)
+            os.kill(daemon["pid"], signal.SIGKILL)
+            with open(gate, "w", encoding="utf-8") as file:
+                file.write("go\n")
+
+        thread = threading.Thread(target=crash)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.assertEqual(library.run(document, "r1")["state"], "SUCCEEDED")
+        self.finish()
+
+    def test_who_has_crashed(self) -> None:
+        pid = client.greet(self.daemon.home)["pid"]
+        assert isinstance(pid, int)
+        self.assertFalse(client.has_crashed(self.daemon.home))
+        client.stop_daemon(self.daemon.home, cancel_runs=False)
+        self.assertFalse(client.has_crashed(self.daemon.home), "it was asked to end")
+        pid = client.greet(self.daemon.home)["pid"]
+        assert isinstance(pid, int)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: client.has_crashed(self.daemon.home), "the lock to be free")
+
     def test_a_daemon_that_cannot_start_says_why(self) -> None:
         os.mkdir(self.daemon.home.directory, 0o755)
         os.mkdir(f"{self.daemon.home.directory}/somebody's")
@@ -680,6 +752,15 @@ class Names(InAHome):
         for home in (Home(f"{self.base}/run"), Home("/nonexistent")):
             with self.assertRaisesRegex(NoSuchRun, "there are no runs"):
                 history.resolve(home, "@latest")
+
+    def test_a_run_that_only_the_daemon_still_has(self) -> None:
+        """Somebody has deleted its directory: it must be possible to cancel it."""
+        with self.fake(answer({"runs": [{"run_id": "gone"}]})):
+            self.assertEqual(client.resolve(self.home, "gone"), "gone")
+            self.assertEqual(client.resolve(self.home, "nightly"), "nightly")
+            for text in ("gon", "@first", "none"):
+                with self.subTest(text=text), self.assertRaises(NoSuchRun):
+                    client.resolve(self.home, text)
 
     def test_new_ids_sort_by_time_and_differ(self) -> None:
         ids = [client.new_run_id(self.home) for _ in range(50)]

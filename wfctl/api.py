@@ -87,22 +87,24 @@ def submit(workflow: Source, run_id: str | None = None, *, max_parallel: int | N
 
 
 def run(workflow: Source, run_id: str | None = None, *, max_parallel: int | None = None) -> RunStatus:
-    """Submit, wait for the end, and return the final status. Raises what `submit` and `watch` raise."""
+    """Submit, wait for the end, and return the final status. A daemon that crashes meanwhile is started again.
+    Raises what `submit` and `watch` raise."""
     run_id = submit(workflow, run_id, max_parallel=max_parallel)
-    wait(run_id)
-    return status(run_id)
+    home = client.current_home()
+    _wait(home, run_id, revives=True)
+    return cast(RunStatus, client.status(home, run_id))
 
 
 def wait(run_id: str) -> str:
     """Wait until the run is over and return its state. Raises NoSuchRun, RunDamaged, DaemonUnavailable."""
     home = client.current_home()
-    return _wait(home, history.resolve(home, run_id))
+    return _wait(home, client.resolve(home, run_id), revives=False)
 
 
 def status(run_id: str) -> RunStatus:
     """The state of a run, from the daemon, or from the log when none answers. Raises NoSuchRun, RunDamaged."""
     home = client.current_home()
-    return cast(RunStatus, client.status(home, history.resolve(home, run_id)))
+    return cast(RunStatus, client.status(home, client.resolve(home, run_id)))
 
 
 def watch(run_id: str, from_seq: int = 1) -> Iterator[Line]:
@@ -111,37 +113,37 @@ def watch(run_id: str, from_seq: int = 1) -> Iterator[Line]:
     if from_seq < 1:
         raise InvalidRequest(f"from_seq is {from_seq}; lines are counted from 1")
     home = client.current_home()
-    return (line for line in Watch(home, history.resolve(home, run_id), from_seq) if line is not None)
+    return (line for line in Watch(home, client.resolve(home, run_id), from_seq) if line is not None)
 
 
 def cancel(run_id: str, wait: bool = False) -> str:
     """Cancel a run and return its state: CANCELLING, or its end if it was over. With `wait`, return when it is over.
     The daemon is started when none answers. Raises NoSuchRun, RunDamaged, DaemonUnavailable."""
     home = client.current_home()
-    run_id = history.resolve(home, run_id)
+    run_id = client.resolve(home, run_id)
     state = str(client.cancel(home, run_id)["state"])
-    return _wait(home, run_id) if wait else state
+    return _wait(home, run_id, revives=True) if wait else state
 
 
 def retry(run_id: str) -> str:
     """Try again what did not succeed in a run that is over; return its state. The daemon is started when none answers.
     Raises NoSuchRun, RunDamaged, InvalidRequest, DaemonUnavailable."""
     home = client.current_home()
-    return str(client.retry(home, history.resolve(home, run_id))["state"])
+    return str(client.retry(home, client.resolve(home, run_id))["state"])
 
 
 def replay(run_id: str, until: int | None = None) -> Replay:
     """Fold a run's log again, regenerate every decision and check every choice, up to line `until` if that is given.
     Raises NoSuchRun, RunDamaged."""
     home = client.current_home()
-    return history.replay_run(home, history.resolve(home, run_id), until)
+    return history.replay_run(home, client.resolve(home, run_id), until)
 
 
-def _wait(home: Home, run_id: str) -> str:
+def _wait(home: Home, run_id: str, revives: bool) -> str:
     # Its history is not needed: what `status` has seen of it is behind us.
     last_seq = client.status(home, run_id)["last_seq"]
     assert isinstance(last_seq, int)
-    watch = Watch(home, run_id, last_seq + 1)
+    watch = Watch(home, run_id, last_seq + 1, revives=revives)
     for _ in watch:
         pass
     assert watch.state is not None

@@ -209,7 +209,7 @@ def _run(args: argparse.Namespace) -> int:
         print(run_id, flush=True)
     elif not args.json:
         print(f"run_id: {run_id}", flush=True)
-    return FINE if args.detach else _follow(args, run_id, 1, shows_output=True)
+    return FINE if args.detach else _follow(args, run_id, 1, is_ours=True)
 
 
 def _read_workflow(name: str) -> tuple[dict[str, object], str]:
@@ -230,16 +230,17 @@ def _read_workflow(name: str) -> tuple[dict[str, object], str]:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    return _follow(args, history.resolve(client.current_home(), args.run), args.from_seq, shows_output=False)
+    return _follow(args, client.resolve(client.current_home(), args.run), args.from_seq, is_ours=False)
 
 
-def _follow(args: argparse.Namespace, run_id: str, from_seq: int, shows_output: bool) -> int:
-    """Show a run until it is over. Ctrl-C takes the viewer away and leaves the run alone."""
+def _follow(args: argparse.Namespace, run_id: str, from_seq: int, is_ours: bool) -> int:
+    """Show a run until it is over. Ctrl-C takes the viewer away and leaves the run alone. A run of our own is not left
+    without a daemon, and what its failed steps printed is shown."""
     from wfctl import viewer
 
     home = client.current_home()
     try:
-        return OUTCOMES[viewer.follow(home, run_id, _view(args, run_id, from_seq, shows_output), from_seq)]
+        return OUTCOMES[viewer.follow(home, run_id, _view(args, run_id, from_seq, is_ours), from_seq, is_ours)]
     except KeyboardInterrupt:
         program = _program()
         _sayer(args)(f"\ndetached; the run goes on\n  {program} watch {run_id}\n  {program} cancel {run_id}")
@@ -260,9 +261,9 @@ def _view(args: argparse.Namespace, run_id: str, from_seq: int, shows_output: bo
 
 
 def _wait(args: argparse.Namespace) -> int:
-    home = client.current_home()
-    run_id = history.resolve(home, args.run)
-    state = _wait_for_end(args, run_id, args.timeout)
+    deadline_sec = None if args.timeout is None else time.monotonic() + args.timeout
+    run_id = client.resolve(client.current_home(), args.run)
+    state = _wait_for_end(args, run_id, deadline_sec)
     if state is None:
         _sayer(args)(f"run {run_id} is not over after {args.timeout:g} seconds")
         return TIMED_OUT
@@ -270,19 +271,20 @@ def _wait(args: argparse.Namespace) -> int:
     return OUTCOMES[state]
 
 
-def _wait_for_end(args: argparse.Namespace, run_id: str, timeout_sec: float | None) -> str | None:
-    """The end state of a run, or None when the time was over first."""
+def _wait_for_end(args: argparse.Namespace, run_id: str, deadline_sec: float | None, revives: bool = False) -> str | None:
+    """The end state of a run, or None when the deadline (of the monotonic clock) came first."""
     from wfctl import viewer
     from wfctl.watch import Watch
 
     home = client.current_home()
-    deadline = None if timeout_sec is None else time.monotonic() + timeout_sec
-    last_seq = client.status(home, run_id)["last_seq"]
+    tick_sec = viewer.TICK_SEC
+    if deadline_sec is not None:
+        tick_sec = min(tick_sec, max(0.01, (deadline_sec - time.monotonic()) / 10))
+    last_seq = client.status(home, run_id, answer_sec=client.patience_sec(deadline_sec))["last_seq"]
     assert isinstance(last_seq, int)
-    tick_sec = viewer.TICK_SEC if timeout_sec is None else min(viewer.TICK_SEC, max(0.01, timeout_sec / 10))
-    watch = Watch(home, run_id, last_seq + 1, tick_sec, viewer.View(_sayer(args)).wait)
+    watch = Watch(home, run_id, last_seq + 1, tick_sec, viewer.View(_sayer(args)).wait, revives, deadline_sec)
     for _ in watch:
-        if deadline is not None and time.monotonic() >= deadline:
+        if deadline_sec is not None and time.monotonic() >= deadline_sec:
             return None
     return watch.state
 
@@ -299,17 +301,17 @@ def _print_state(args: argparse.Namespace, run_id: str, state: str) -> None:
 
 def _cancel(args: argparse.Namespace) -> int:
     home = client.current_home()
-    run_id = history.resolve(home, args.run)
+    run_id = client.resolve(home, args.run)
     state = str(client.cancel(home, run_id)["state"])
     if args.wait:
-        state = _wait_for_end(args, run_id, None) or state
+        state = _wait_for_end(args, run_id, None, revives=True) or state
     _print_state(args, run_id, state)
     return FINE
 
 
 def _retry(args: argparse.Namespace) -> int:
     home = client.current_home()
-    run_id = history.resolve(home, args.run)
+    run_id = client.resolve(home, args.run)
     _print_state(args, run_id, str(client.retry(home, run_id)["state"]))
     return FINE
 
@@ -319,7 +321,7 @@ def _retry(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     home = client.current_home()
-    found = client.status(home, history.resolve(home, args.run))
+    found = client.status(home, client.resolve(home, args.run), _sayer(args))
     if args.json:
         _print_json(found)
     else:
@@ -331,7 +333,7 @@ def _status(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     home = client.current_home()
-    answer = client.ask(home, "list", {})
+    answer = client.ask(home, "list", {}, _sayer(args))
     found = answer["runs"] if answer is not None else []
     live = {run["run_id"]: run for run in found} if isinstance(found, list) else {}
     ids, unfinished = history.run_ids(home), history.marked_live(home) | live.keys()
@@ -365,7 +367,7 @@ def _replay(args: argparse.Namespace) -> int:
         result = history.replay_file(args.run, args.until, tell)
     else:
         home = client.current_home()
-        result = history.replay_run(home, history.resolve(home, args.run), args.until, tell)
+        result = history.replay_run(home, client.resolve(home, args.run), args.until, tell)
     if args.json:
         _print_json(_replay_record(result))
     else:
@@ -401,7 +403,7 @@ def _logs(args: argparse.Namespace) -> int:
     from wfctl import logs, viewer
 
     home = client.current_home()
-    run = history.fold(home, history.resolve(home, args.run))
+    run = history.fold(home, client.resolve(home, args.run))
 
     def write(data: bytes) -> None:
         sys.stdout.buffer.write(data)
@@ -444,7 +446,7 @@ def _daemon(args: argparse.Namespace) -> int:
         else:
             print("the daemon has ended" if was_there else f"no daemon was running for {render.escape(home.directory)}")
         return FINE
-    found = client.greet(home) if args.action == "start" else client.ask(home, "hello", client.HELLO)
+    found = client.greet(home) if args.action == "start" else client.question(home, "hello", client.HELLO)
     if args.json:
         _print_json({"running": False, "home": home.directory} if found is None else {"running": True, **found})
     elif found is None:

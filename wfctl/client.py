@@ -17,10 +17,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from wfctl.errors import (
     DaemonUnavailable,
@@ -31,18 +32,24 @@ from wfctl.errors import (
     WorkflowError,
 )
 from wfd import protocol
-from wfd.paths import Home, default_home, runtime_directory
+from wfd.paths import Home, default_home, is_run_id, runtime_directory
 from wfd.protocol import ProtocolError
 
 TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `status`.
 if TYPE_CHECKING:
     from typing import Self
 
+# A log of the daemon's talk that is longer is put aside before the next daemon starts, so that two of them are kept.
+MAX_LOG_BYTES = 1 << 20
 # How long to go on when no daemon stays up long enough to answer. A cold start takes a tenth of a second, and folding a
 # home full of live runs a few.
 START_DEADLINE_SEC = 15.0
 # A daemon that is there but says nothing for so long is stopped or hung. Taking in 100,000 steps needs a few seconds.
 ANSWER_DEADLINE_SEC = 60.0
+# Whoever only asks has the log to fall back to, so it waits no longer than a person would believe in an answer.
+QUESTION_DEADLINE_SEC = 5.0
+# A deadline that has all but passed still leaves a daemon the time to answer, if it can.
+_MIN_ANSWER_SEC = 0.05
 # A full backlog refuses at once; it is emptied once a turn of the daemon's loop.
 CONNECT_DEADLINE_SEC = 5.0
 # A daemon that ends at once while nobody holds the lock has not lost a race: it cannot start. Once may be an accident.
@@ -63,6 +70,9 @@ class Gone(DaemonUnavailable):
 class Silent(DaemonUnavailable):
     """There is a daemon, but it says nothing: stopped, or hung."""
 
+    def __init__(self, owner: str) -> None:
+        super().__init__(f"{owner} does not answer: is it stopped?")
+
 
 class ReadTheLog(WorkflowError):
     """The daemon leaves this question to whoever asks it: the answer is in the log."""
@@ -75,10 +85,12 @@ def current_home() -> Home:
 
 
 class Connection:
-    """One conversation with the daemon."""
+    """One conversation with the daemon. `owner` is how messages call it; it has `answer_sec` for each answer."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, owner: str, answer_sec: float = ANSWER_DEADLINE_SEC) -> None:
         self._socket = sock
+        self._owner = owner
+        self._answer_sec = answer_sec
         self._received = bytearray()
         self._searched = 0
 
@@ -98,19 +110,19 @@ class Connection:
 
     def send(self, line: bytes) -> None:
         """Send a request's line. A peer that has hung up may have said why: that is left for `answer` to find out."""
-        self._socket.settimeout(ANSWER_DEADLINE_SEC)
+        self._socket.settimeout(self._answer_sec)
         try:
             self._socket.sendall(line)
         except TimeoutError:
-            raise Silent(f"the daemon took nothing for {ANSWER_DEADLINE_SEC:.0f} seconds: is it stopped?") from None
+            raise Silent(self._owner) from None
         except OSError:
             pass
 
     def answer(self) -> dict[str, object]:
         """The answer to the request that was sent."""
-        line = self.receive(ANSWER_DEADLINE_SEC)
+        line = self.receive(self._answer_sec)
         if line is None:
-            raise Silent(f"the daemon did not answer within {ANSWER_DEADLINE_SEC:.0f} seconds: is it stopped?")
+            raise Silent(self._owner)
         message = parse(line)
         if "error" in message:
             raise _refusal(message["error"])
@@ -177,14 +189,17 @@ _REFUSALS: dict[object, type[WorkflowError]] = {
 # -- finding the daemon ------------------------------------------------------------------------------------------------
 
 
-def connect(home: Home) -> Connection | None:
-    """A greeted connection to the home's daemon, or None when nobody answers.
+def connect(home: Home, answer_sec: float | None = None) -> Connection | None:
+    """A greeted connection to the home's daemon, or None when nobody answers. It has `answer_sec` for each answer, by
+    default as long as an order may take.
 
-    Raises DaemonUnavailable when somebody does who is not to be spoken to: another user, another protocol."""
+    Raises Silent when somebody is there who says nothing, and DaemonUnavailable when somebody is who is not to be spoken
+    to: another user, another protocol."""
+    answer_sec, owner = ANSWER_DEADLINE_SEC if answer_sec is None else answer_sec, _owner(home)
     for path in _addresses(home):
-        sock = _open_socket(path)
+        sock = _open_socket(path, min(answer_sec, CONNECT_DEADLINE_SEC), owner)
         if sock is not None:
-            connection = Connection(sock)
+            connection = Connection(sock, owner, answer_sec)
             try:
                 connection.ask("hello", HELLO)
             except Gone:
@@ -209,6 +224,17 @@ def _addresses(home: Home) -> Iterator[str]:
     yield own
 
 
+def _owner(home: Home) -> str:
+    """The daemon as messages call it."""
+    pid = _read_lock(home).get("pid")
+    return f"the daemon (pid {pid})" if isinstance(pid, int) else "the daemon"
+
+
+def has_crashed(home: Home) -> bool:
+    """Has the last daemon ended without a farewell? An orderly end takes the pid out of the lock file."""
+    return "pid" in _read_lock(home) and not _is_locked(home)
+
+
 def _read_lock(home: Home) -> dict[str, object]:
     try:
         with open(home.lock, "rb") as file:
@@ -218,9 +244,9 @@ def _read_lock(home: Home) -> dict[str, object]:
     return record if isinstance(record, dict) else {}
 
 
-def _open_socket(path: str) -> socket.socket | None:
+def _open_socket(path: str, wait_sec: float, owner: str) -> socket.socket | None:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    deadline, delay = time.monotonic() + CONNECT_DEADLINE_SEC, FIRST_DELAY_SEC
+    deadline, delay = time.monotonic() + wait_sec, FIRST_DELAY_SEC
     # Non-blocking, since connecting to a full backlog would otherwise wait for ever.
     sock.setblocking(False)
     try:
@@ -230,7 +256,7 @@ def _open_socket(path: str) -> socket.socket | None:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise Silent(f"the daemon at {path} accepts no connections: is it stopped?") from None
+                    raise Silent(owner) from None
                 time.sleep(delay)
         if _peer_uid(sock) != os.geteuid():
             raise DaemonUnavailable(f"the socket {path} belongs to another user's process; it was not spoken to")
@@ -251,15 +277,40 @@ def _peer_uid(sock: socket.socket) -> int:
     return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[1])
 
 
-def ask(home: Home, method: str, params: dict[str, object]) -> dict[str, object] | None:
-    """The answer of the daemon, or None when none answers. Starts nothing."""
+def patience_sec(deadline_sec: float | None) -> float:
+    """How long to wait for the answer to a question, by the deadline (of the monotonic clock) of whoever asks."""
+    if deadline_sec is None:
+        return QUESTION_DEADLINE_SEC
+    return min(QUESTION_DEADLINE_SEC, max(_MIN_ANSWER_SEC, deadline_sec - time.monotonic()))
+
+
+def ignore(text: str) -> None:
+    """What a caller does not want to be told."""
+
+
+def ask(
+    home: Home, method: str, params: dict[str, object], say: Callable[[str], None] = ignore, answer_sec: float | None = None
+) -> dict[str, object] | None:
+    """The answer of the daemon, or None when none answers; `say` is told when there is one that is silent. Starts
+    nothing. It has `answer_sec`, by default QUESTION_DEADLINE_SEC."""
     try:
-        connection = connect(home)
+        return question(home, method, params, answer_sec)
+    except Silent as error:
+        say(str(error))
+        return None
+
+
+def question(
+    home: Home, method: str, params: dict[str, object], answer_sec: float | None = None
+) -> dict[str, object] | None:
+    """As `ask`, but a daemon that is silent is not one that is not there: raises Silent."""
+    try:
+        connection = connect(home, QUESTION_DEADLINE_SEC if answer_sec is None else answer_sec)
         if connection is None:
             return None
         with connection:
             return connection.ask(method, params)
-    except (Gone, Silent):
+    except Gone:
         return None
 
 
@@ -316,9 +367,12 @@ def start_daemon(home: Home, line: bytes) -> Connection:
         ours.close()
         where = f" ({error.filename})" if error.filename else ""
         raise DaemonUnavailable(f"the daemon cannot be started: {error.strerror}{where}") from None
+    except DaemonUnavailable:
+        ours.close()
+        raise
     finally:
         theirs.close()
-    connection = Connection(ours)
+    connection = Connection(ours, "the daemon that was started")
     connection.send(line[sent:])
     return connection
 
@@ -334,8 +388,7 @@ def _spawn(home: Home, theirs: int) -> None:
 
     import wfd
 
-    os.makedirs(home.directory, mode=0o700, exist_ok=True)
-    log = os.open(home.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    log = _open_log(home)
     # Copies out of the way of 0 to 3, so that no step below overwrites what the next one needs. They stay closed on exec:
     # an inheritable end would also reach a daemon that another thread starts now, and we would never see it closed.
     sources = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HANDOVER_FD + 1) for fd in (log, theirs)]
@@ -358,6 +411,22 @@ def _spawn(home: Home, theirs: int) -> None:
     finally:
         for fd in sources:
             os.close(fd)
+
+
+def _open_log(home: Home) -> int:
+    """Where a daemon's talk goes. Nothing is written into a directory that is not ours."""
+    os.makedirs(home.directory, mode=0o700, exist_ok=True)
+    found = os.lstat(home.directory)
+    if not stat.S_ISDIR(found.st_mode):
+        raise DaemonUnavailable(f"{home.directory} is a symbolic link: set WFD_HOME to the directory itself")
+    if found.st_uid != os.geteuid():
+        raise DaemonUnavailable(f"{home.directory} belongs to another user: set WFD_HOME to a directory of your own")
+    try:
+        if os.lstat(home.log).st_size > MAX_LOG_BYTES:
+            os.replace(home.log, home.log + ".1")
+    except FileNotFoundError:
+        pass
+    return os.open(home.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def reap_daemons() -> None:
@@ -412,12 +481,28 @@ def _is_locked(home: Home) -> bool:
 # -- what is asked -----------------------------------------------------------------------------------------------------
 
 
-def status(home: Home, run_id: str) -> dict[str, object]:
-    """The run's state as `status --json` prints it, from the daemon or else from the log ("source" tells which).
+def resolve(home: Home, text: str) -> str:
+    """The run that is meant: as history.resolve finds it on disk, or one that the daemon still has though somebody has
+    deleted its directory. Raises NoSuchRun."""
+    from wfctl import history
 
-    Raises NoSuchRun, RunDamaged, DaemonUnavailable."""
     try:
-        found = ask(home, "status", {"run_id": run_id})
+        return history.resolve(home, text)
+    except NoSuchRun:
+        answer = ask(home, "list", {}) if is_run_id(text) else None
+        found = answer["runs"] if answer is not None else []
+        if isinstance(found, list) and any(run["run_id"] == text for run in found):
+            return text
+        raise
+
+
+def status(
+    home: Home, run_id: str, say: Callable[[str], None] = ignore, answer_sec: float | None = None
+) -> dict[str, object]:
+    """The run's state as `status --json` prints it, from the daemon or else from the log ("source" tells which; `say`
+    is told when there is a daemon that is silent). Raises NoSuchRun, RunDamaged, DaemonUnavailable."""
+    try:
+        found = ask(home, "status", {"run_id": run_id}, say, answer_sec)
     except ReadTheLog:
         found = None
     if found is not None:

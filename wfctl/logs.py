@@ -112,7 +112,7 @@ class Copier:
                     self._growing[record.step.id] = output
         return has_begun
 
-    def follow(self, on_wait: Callable[[], None], on_tick: Callable[[], None]) -> None:
+    def follow(self, on_wait: Callable[[str], None], on_tick: Callable[[], None]) -> None:
         """Go on copying until the run is over."""
         for line in Watch(self._home, self._run.run_id, self._run.seq + 1, FOLLOW_SEC, on_wait):
             if line is None:

@@ -29,10 +29,10 @@ MAX_TAILS_SHOWN = 10
 Say = Callable[[str], None]
 
 
-def follow(home: Home, run_id: str, view: View, from_seq: int = 1) -> str:
-    """Show a run to its end, and return its end state. Raises BrokenPipeError when nobody reads what is shown, and what
-    Watch raises."""
-    watch = Watch(home, run_id, from_seq, TICK_SEC, view.wait)
+def follow(home: Home, run_id: str, view: View, from_seq: int = 1, revives: bool = False) -> str:
+    """Show a run to its end, and return its end state. With `revives` a daemon that crashes is started again.
+    Raises BrokenPipeError when nobody reads what is shown, and what Watch raises."""
+    watch = Watch(home, run_id, from_seq, TICK_SEC, view.wait, revives)
     for line in watch:
         if line is None:
             check_reader()
@@ -68,9 +68,9 @@ class View:
     def tick(self) -> None:
         """Nothing has happened for a while."""
 
-    def wait(self) -> None:
-        """The daemon is gone."""
-        self.say("no daemon answers; waiting for one (what runs goes on, and `daemon start` starts one)")
+    def wait(self, why: str) -> None:
+        """The daemon is gone, or silent."""
+        self.say(why)
 
     def end(self) -> None:
         """The run is over."""
@@ -139,8 +139,8 @@ class LiveView(View):
         if self._is_new or time.monotonic() - self._drawn_sec >= _MAX_REDRAW_SEC:
             self._draw()
 
-    def wait(self) -> None:
-        super().wait()
+    def wait(self, why: str) -> None:
+        super().wait(why)
         self._lines_drawn = 0  # The next picture comes below what was said.
 
     def end(self) -> None:

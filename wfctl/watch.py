@@ -1,7 +1,8 @@
 """Following a run: its lines from any point on, each once and in order, whatever happens to the daemon.
 
 A follower counts lines. When the daemon is gone it reads what the log holds, waits for the next daemon, and goes on
-there with the line after the last one that it has seen. It starts no daemon: looking at a run changes nothing.
+there with the line after the last one that it has seen. Whoever only looks at a run starts no daemon, since looking
+changes nothing; whoever has ordered the run (`revives`) starts one in the place of one that has crashed.
 """
 
 from __future__ import annotations
@@ -10,20 +11,26 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
-from wfctl import history
-from wfctl.client import FIRST_DELAY_SEC, MAX_DELAY_SEC, Connection, Gone, ReadTheLog, Silent, connect
+from wfctl import client, history
+from wfctl.client import FIRST_DELAY_SEC, MAX_DELAY_SEC, Connection, Gone, ReadTheLog, Silent
 from wfctl.errors import DaemonUnavailable, RunDamaged
 from wfd import events, protocol
 from wfd.events import Line, RunFinished, RunRetried
 from wfd.paths import Home
 from wfd.state import END_STATES
 
+# A crashed daemon is given so long to be started again by somebody else, such as a service manager.
+REVIVE_SEC = 1.0
+_NOBODY = "no daemon answers; waiting for one (what runs goes on, and `daemon start` starts one)"
+
 
 class Watch:
     """The lines of one run from `from_seq` on, each once and in order, until the run is over; then `state` is its end.
 
     Iterating waits. With `tick_sec` it also yields None whenever so much time passed without a line. While no daemon
-    answers it reads the log, calls `on_wait` once, and waits for a daemon to come back; it starts none.
+    answers it reads the log, tells `on_wait` why once, and waits for a daemon to come back. With `revives` it starts one
+    when the last one has crashed. With `deadline_sec` (of the monotonic clock) no question is waited for any longer, and
+    iterating ends then, with `state` None.
     Raises NoSuchRun, RunDamaged, DaemonUnavailable while iterating."""
 
     def __init__(
@@ -32,43 +39,60 @@ class Watch:
         run_id: str,
         from_seq: int = 1,
         tick_sec: float | None = None,
-        on_wait: Callable[[], None] = lambda: None,
+        on_wait: Callable[[str], None] = client.ignore,
+        revives: bool = False,
+        deadline_sec: float | None = None,
     ) -> None:
         self._home = home
         self._run_id = run_id
         self._seed = events.seed(run_id)
         self._tick_sec = tick_sec
         self._on_wait = on_wait
+        self._revives = revives
+        self._deadline_sec = deadline_sec
+        self._why = _NOBODY
         self.next_seq = from_seq
         self.state: str | None = None
 
     def __iter__(self) -> Iterator[Line | None]:
-        delay_sec, is_waiting, log_seen = FIRST_DELAY_SEC, False, None
+        delay_sec, lonely_since, log_seen = FIRST_DELAY_SEC, None, None
         while True:
             before = self.next_seq
             connection = self._connect()
             if connection is not None:
                 with connection:
                     yield from self._from_daemon(connection)
-                is_waiting = False
+                lonely_since = None
             else:
                 log = self._look_at_log()
                 if log != log_seen or log is None:
                     yield from self._from_log()
                 log_seen = log
-            if self.state is not None:
+            if self.state is not None or self._is_too_late():
                 return
-            if connection is None and not is_waiting:
-                is_waiting = True
-                self._on_wait()
+            if connection is None:
+                if lonely_since is None:
+                    lonely_since = time.monotonic()
+                    self._on_wait(self._why)
+                self._revive(lonely_since)
             delay_sec = FIRST_DELAY_SEC if self.next_seq > before else min(2 * delay_sec, MAX_DELAY_SEC)
             yield from self._pause(delay_sec)
 
     def _connect(self) -> Connection | None:
+        self._why = _NOBODY
         try:
-            return connect(self._home)
-        except Silent:
+            return client.connect(self._home, client.patience_sec(self._deadline_sec))
+        except Silent as error:
+            self._why = f"{error} Waiting for it"
             return None
+
+    def _is_too_late(self) -> bool:
+        return self._deadline_sec is not None and time.monotonic() >= self._deadline_sec
+
+    def _revive(self, lonely_since: float) -> None:
+        """A daemon that crashed has not ended the run's work, and nobody else may come by to go on with it."""
+        if self._revives and time.monotonic() - lonely_since >= REVIVE_SEC and client.has_crashed(self._home):
+            client.greet(self._home)
 
     def _pause(self, delay_sec: float) -> Iterator[None]:
         end = time.monotonic() + delay_sec
