@@ -207,6 +207,24 @@ class Usage(unittest.TestCase):
                 self.assertEqual((code, out), (2, ""))
                 self.assertEqual(sorted(json.loads(err)["error"]), ["code", "message"])
 
+    def test_problems_have_a_place(self) -> None:
+        path = self.file('{"workflow_id": "w", "steps": [{"id": "a", "command": "true"}]}')
+        code, _, err = self.main("run", "--max-parallel", "9" * 12, path)
+        self.assertEqual(code, 2)
+        self.assertTrue(err.startswith(f"{path}: $.max_parallel"), err)
+        program = "import os, sys; sys.path.insert(0, sys.argv[1]); os.rmdir(os.getcwd()); from wfctl import cli; " \
+            "sys.exit(cli.main(['run', sys.argv[2]]))"  # fmt: skip
+        gone = f"{self.base}/gone"
+        os.mkdir(gone)
+        result = subprocess.run([sys.executable, "-c", program, ROOT, path], cwd=gone, capture_output=True, check=False)
+        expected = b"the current directory does not exist any more; change to one that does\n"
+        self.assertEqual((result.returncode, result.stderr), (2, expected))
+
+    def test_what_to_type_next(self) -> None:
+        for executable, expected in (("/usr/bin/python3.12", "python3.12"), ("/opt/pypy", "python3"), ("", "python3")):
+            with mock.patch.object(sys, "executable", executable), mock.patch.object(sys, "argv", ["workflow.py"]):
+                self.assertIn(f"see `{expected} workflow.py list --help`", self.main("list", "--nope")[2])
+
     def test_a_run_id_that_is_none(self) -> None:
         path = self.file('{"workflow_id": "w", "steps": [{"id": "a", "command": "true"}]}')
         for run_id in ("", "../x", "UPPER", "a b", ".hidden", "x" * 101):
@@ -316,6 +334,8 @@ class Run(Case):
         self.write(step("a", "false"), name="other.json")
         for _ in range(2):
             self.assertEqual(self.call("run", "--run-id", "r1", "w.json").code, 0)
+            text = self.call("run", "-d", "--run-id", "r1", "w.json").err
+        self.assertRegex(text, r"^run r1 exists already \(submitted 20\S+Z\): nothing new was started\n$")
         self.assertEqual(self.daemon.read("count"), "once\n")
         result = self.call("run", "--run-id", "r1", "other.json")
         self.assertEqual((result.code, result.err.count("\n")), (2, 1))
@@ -329,6 +349,8 @@ class Run(Case):
         shown = [line for line in result.err.splitlines() if line.startswith("  | ")]
         self.assertEqual(shown, [f"  | {number}\\x1b[2J" for number in range(3, 13)])
         self.assertIn("step b, attempt 1, printed nothing\n", result.err)
+        self.write(step("a", "printf '%0300d\\n' 7; exit 1"))
+        self.assertIn(f"\n  | {'0' * 199}…\n", self.call("run", "w.json").err)
         self.assertNotIn("printed", self.call("run", "--json", "w.json").err)
 
     def test_what_the_submitter_has_is_what_steps_get(self) -> None:
@@ -399,7 +421,27 @@ class Leaving(Case):
         with open("/dev/full", "wb") as full:
             process = self.popen("--help", stdout=full)
             _, err = process.communicate(timeout=DEADLINE_SEC)
-        self.assertEqual((process.returncode, err), (2, b"No space left on device\n"))
+        self.assertEqual((process.returncode, err), (74, b"stdout cannot be written: No space left on device\n"))
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full here")
+    def test_what_cannot_be_said_changes_no_exit_code(self) -> None:
+        self.write(step("a", "echo one"))
+        cases = (
+            ("2>/dev/full", ("status", "nope"), 3),
+            ("2>/dev/full", ("run", "--run-id", "r1", "w.json"), 0),
+            ("2>/dev/full", ("run", "--run-id", "r1", "w.json"), 0),  # It says that there is nothing new.
+            (">/dev/full 2>&1", ("run", "w.json"), 74),
+            (">&-", ("logs", "r1"), 0),
+            (">&-", ("status", "r1"), 0),
+            ("2>&-", ("status", "nope"), 3),
+            ("<&-", ("run", "-"), 2),
+        )
+        for redirection, arguments, code in cases:
+            with self.subTest(redirection=redirection, arguments=arguments):
+                program = ("/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *PROGRAM)
+                result = self.call(*arguments, program=program)
+                self.assertEqual(result.code, code, result.err)
+                self.assertNotIn("Traceback", result.err)
 
     def test_no_stdio_at_all(self) -> None:
         self.write(step("a", "exit 1"))

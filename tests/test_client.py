@@ -224,7 +224,7 @@ class Talking(InAHome):
             (protocol.RUN_EXISTS, InvalidRequest),
             (protocol.INVALID_DEFINITION, InvalidWorkflow),
             (protocol.DAMAGED, RunDamaged),
-            (protocol.STALLED, DaemonUnavailable),
+            (protocol.STALLED, client.Refused),
             (protocol.NOT_FINISHED, InvalidRequest),
             (protocol.INVALID_PARAMS, InvalidRequest),
             (protocol.INTERNAL_ERROR, DaemonUnavailable),
@@ -282,6 +282,42 @@ class Talking(InAHome):
             self.assertEqual(client.cancel(self.home, "r1")["state"], "CANCELLING")
         self.assertEqual(len(fake.requests), 3)
         self.assertEqual(len({request["params"]["request"] for request in fake.requests}), 1)
+
+    def test_what_the_system_refuses_names_the_home(self) -> None:
+        refusal = refuse(protocol.STALLED, "the system refuses: No space left on device")
+        with self.fake(refusal), self.assertRaisesRegex(DaemonUnavailable, f"device .home: {self.home.directory}"):
+            client.cancel(self.home, "r1")
+
+    def test_arguments_of_the_wrong_type(self) -> None:
+        calls: list[Callable[[], object]] = [
+            lambda: library.submit([]),  # type: ignore[arg-type]
+            lambda: library.submit(None),  # type: ignore[arg-type]
+            lambda: library.submit({"workflow_id": "w", "steps": [{"id": "a", "command": "x"}]}, 3),  # type: ignore[arg-type]
+            lambda: library.status(None),  # type: ignore[arg-type]
+        ]
+        for call in calls:
+            with self.assertRaises(InvalidRequest):
+                call()
+
+    def test_paths_travel_as_their_bytes(self) -> None:
+        """In a locale whose encoding is not UTF-8, a path's text is not what its bytes say in UTF-8."""
+        name = b"\xc3\xa4\xff"
+        directory = os.fsencode(self.base) + b"/" + name
+        os.mkdir(directory)
+        program = (
+            "import sys; sys.path.insert(0, sys.argv[1])\n"
+            "from wfctl import api, client\n"
+            "print(sys.getfilesystemencoding(), ascii([client.current_directory(), api.directory_of('w.json'),"
+            " api.directory_of(sys.argv[2])]))"
+        )
+        root = os.path.dirname(os.path.dirname(os.path.abspath(client.__file__)))
+        for encoding in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
+            out = subprocess.run(
+                [sys.executable, "-c", program, root, directory + b"/w.json"], cwd=directory, check=True,
+                capture_output=True, env={**os.environ, **encoding},
+            ).stdout.decode().partition(" ")[2]  # fmt: skip
+            expected = os.path.realpath(self.base) + "/\xe4\udcff"
+            self.assertEqual(out.strip(), ascii([expected, expected, self.base + "/\xe4\udcff"]))
 
     def test_two_cancels_are_two_requests(self) -> None:
         with self.fake(answer({"state": "CANCELLING"})) as fake:

@@ -23,7 +23,10 @@ def main() -> NoReturn:
     code = cli.main()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()
+            try:
+                stream.flush()
+            except OSError:
+                pass  # The code has been decided; what cannot be said any more does not change it.
     os._exit(code)
 
 

@@ -71,10 +71,7 @@ def load(path: str | os.PathLike[str]) -> Workflow:
 def validate(document: Mapping[str, object], base_dir: str | None = None) -> Workflow:
     """Check a decoded JSON document. Relative `cwd`s in it start at `base_dir`, or at the current directory.
     Raises InvalidWorkflow, which holds every problem."""
-    try:
-        return definition.validate(dict(document), os.path.abspath(base_dir or "."))
-    except definition.DefinitionError as error:
-        raise _refused(error) from None
+    return checked(document, _absolute(base_dir or "."))
 
 
 def submit(workflow: Source, run_id: str | None = None, *, max_parallel: int | None = None) -> str:
@@ -83,7 +80,7 @@ def submit(workflow: Source, run_id: str | None = None, *, max_parallel: int | N
     Steps inherit the caller's environment, umask, limits and current directory. Submitting the same workflow under the
     same `run_id` again returns the run that exists. Raises InvalidWorkflow, InvalidRequest, DaemonUnavailable."""
     document, base_dir = _document_of(workflow)
-    return submit_document(document, base_dir, run_id, max_parallel)
+    return str(submit_document(document, base_dir, run_id, max_parallel)["run_id"])
 
 
 def run(workflow: Source, run_id: str | None = None, *, max_parallel: int | None = None) -> RunStatus:
@@ -167,7 +164,13 @@ def read_file(path: str) -> bytes:
 
 def directory_of(path: str) -> str:
     """Where the relative directories of a workflow file start."""
-    return os.path.dirname(os.path.abspath(path))
+    return os.path.dirname(_absolute(path))
+
+
+def _absolute(path: str) -> str:
+    """The path, in the encoding of requests, from the root on."""
+    path = client.as_sent(path)
+    return os.path.normpath(path if path.startswith("/") else f"{client.current_directory()}/{path}")
 
 
 def document_in(text: bytes, base_dir: str) -> dict[str, object]:
@@ -176,19 +179,27 @@ def document_in(text: bytes, base_dir: str) -> dict[str, object]:
     return cast("dict[str, object]", definition.decode(text))
 
 
+def checked(document: Mapping[str, object], base_dir: str) -> Workflow:
+    """The workflow in a document; `base_dir` is absolute and in the encoding of requests. Raises InvalidWorkflow."""
+    try:
+        return definition.validate(dict(document), base_dir)
+    except definition.DefinitionError as error:
+        raise _refused(error) from None
+
+
 def submit_document(
     document: Mapping[str, object], base_dir: str, run_id: str | None = None, max_parallel: int | None = None
-) -> str:
-    """Submit a document that need not have been checked. Nothing is started for one that is refused."""
+) -> dict[str, object]:
+    """Submit a document that need not have been checked. Nothing is started for one that is refused. Returns what
+    client.submit does."""
     if max_parallel is not None:
         document = {**document, "max_parallel": max_parallel}
-    validate(document, base_dir)
-    if run_id is not None and not is_run_id(run_id):
+    checked(document, base_dir)
+    if run_id is not None and not (isinstance(run_id, str) and is_run_id(run_id)):
         raise InvalidRequest(f"{run_id!r} cannot be a run id: it has {RUN_ID_RULE}")
     home = client.current_home()
     run_id = client.new_run_id(home) if run_id is None else run_id
-    client.submit(home, run_id, document, base_dir)
-    return run_id
+    return client.submit(home, run_id, document, base_dir)
 
 
 def _parse(text: bytes, base_dir: str) -> Workflow:
@@ -205,11 +216,17 @@ def _refused(error: definition.DefinitionError) -> InvalidWorkflow:
 def _document_of(workflow: Source) -> tuple[dict[str, object], str]:
     """What is sent, and where its relative directories start."""
     if isinstance(workflow, Workflow):
-        return _user_form(definition.to_record(workflow)), os.getcwd()
+        return _user_form(definition.to_record(workflow)), client.current_directory()
     if isinstance(workflow, Mapping):
-        return dict(workflow), os.getcwd()
-    path = os.fspath(workflow)
+        return dict(workflow), client.current_directory()
+    path = _path_of(workflow)
     return document_in(read_file(path), directory_of(path)), directory_of(path)
+
+
+def _path_of(workflow: object) -> str:
+    if not isinstance(workflow, (str, os.PathLike)):
+        raise InvalidRequest(f"a workflow is given as a path, a document or a Workflow, not as {type(workflow).__name__}")
+    return os.fspath(workflow)
 
 
 def _user_form(record: Mapping[str, object]) -> dict[str, object]:

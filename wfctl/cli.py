@@ -8,14 +8,15 @@ Exit codes
     4    the daemon cannot be reached or started, or cannot do it now
     5    the run was cancelled
     6    the log is damaged, or the replay differs
+    74   stdout cannot be written (the disk is full, …); a run goes on without its viewer
     124  `wait --timeout` was over before the run
     130  interrupted; a run goes on without its viewer
     141  whoever read our output is gone
 
 `run`, `watch` and `wait` return the run's outcome; so does `status --exit-status` for a run that is over.
-stdout is data, stderr is talk. With --json both are JSON: an object for a question, an object a line for a stream, and
-{"error": {"code", "message"}} or {"note": …} on stderr. The last lines of what a failed step printed are talk, and
---json leaves them out.
+stdout is data, stderr is talk. What cannot be said on stderr is left out and changes no exit code. With --json both are
+JSON: an object for a question, an object a line for a stream, and {"error": {"code", "message"}} or {"note": …} on
+stderr. The last lines of what a failed step printed are talk, and --json leaves them out.
 
 Start-up time is most of what a command costs, so only the parser of the given command is built, and what only some
 commands need is imported where it is needed.
@@ -35,13 +36,13 @@ from wfctl.errors import DaemonUnavailable, InvalidRequest, InvalidWorkflow, NoS
 
 TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `status`.
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from typing import Any, NoReturn, TextIO
 
     from wfctl.viewer import View
     from wfd.events import Line
 
 FINE, USAGE, NO_SUCH_RUN, NO_DAEMON, DAMAGED = 0, 2, 3, 4, 6
-TIMED_OUT, INTERRUPTED, READER_GONE = 124, 130, 141
+UNWRITABLE, TIMED_OUT, INTERRUPTED, READER_GONE = 74, 124, 130, 141
 OUTCOMES = {"SUCCEEDED": FINE, "FAILED": 1, "CANCELLED": 5}
 
 _ERROR_CODES: dict[type[WorkflowError], int] = {
@@ -63,14 +64,14 @@ class UsageError(WorkflowError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command line (without the program's name) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         # A locale that cannot say a character must not turn a status into a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _dispatch(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except WorkflowError as error:
         return _report(error, "--json" in arguments)
@@ -80,18 +81,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_unwritable_output()
         return READER_GONE
     except OSError as error:
-        _drop_unwritable_output()
+        if _drop_unwritable_output():
+            _report(UsageError(f"stdout cannot be written: {error.strerror or error}"), "--json" in arguments)
+            return UNWRITABLE
         where = f"{error.filename}: " if error.filename else ""
         return _report(UsageError(f"{where}{error.strerror or error}"), "--json" in arguments)
 
 
-def _drop_unwritable_output() -> None:
-    """What is still buffered and cannot go anywhere must not fail once more at the end of the process."""
+def _open_missing_streams() -> None:
+    """Whoever started us without stdin, stdout or stderr (`>&-`) wants nothing read from them or written to them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it stays open until the process ends
+
+
+def _drop_unwritable_output() -> bool:
+    """What is still buffered and cannot go anywhere must not fail once more at the end of the process. True when there
+    is such on stdout."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
+        return True
+    return False
+
+
+def _silence(stream: TextIO) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def _talk(text: str) -> None:
+    """A line on stderr, if it can be written at all."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -128,10 +154,12 @@ class _Parser(argparse.ArgumentParser):
 
 def _program() -> str:
     """What the user typed to get here, for messages that say what to type next."""
-    path = sys.argv[0]
+    path, python = sys.argv[0], os.path.basename(sys.executable or "")
+    if not python.startswith("python"):
+        python = "python3"
     if os.path.basename(path) == "__main__.py":
-        return "python -m wfctl"
-    return f"python {path}" if path.endswith((".py", ".pyz")) else os.path.basename(path) or "wfctl"
+        return f"{python} -m wfctl"
+    return f"{python} {path}" if path.endswith((".py", ".pyz")) else os.path.basename(path) or "wfctl"
 
 
 def _help() -> str:
@@ -147,7 +175,8 @@ def _help() -> str:
         "",
         "RUN is a run id, a part of one from either end, or @latest. $WFD_HOME is where everything is kept;",
         "NO_COLOR switches colours off. Exit codes: 0 fine or succeeded, 1 failed, 2 usage or invalid workflow,",
-        "3 no such run, 4 no daemon, 5 cancelled, 6 log damaged or replay differs, 124 timed out, 130 interrupted.",
+        "3 no such run, 4 no daemon, 5 cancelled, 6 log damaged or replay differs, 74 stdout cannot be written,",
+        "124 timed out, 130 interrupted.",
     ])  # fmt: skip
 
 
@@ -158,9 +187,9 @@ def _report(error: WorkflowError, as_json: bool) -> int:
         body: dict[str, object] = {"code": code, "message": str(error)}
         if isinstance(error, InvalidWorkflow) and error.problems:
             body["problems"] = [{"path": path, "message": message} for path, message in error.problems]
-        print(json.dumps({"error": body}), file=sys.stderr)
+        _talk(json.dumps({"error": body}))
     else:
-        print(render.escape(str(error), keep="\n"), file=sys.stderr)
+        _talk(render.escape(str(error), keep="\n"))
     return code
 
 
@@ -168,9 +197,8 @@ def _sayer(args: argparse.Namespace) -> Callable[[str], None]:
     """How to talk: on stderr, as JSON when that was asked for. The text must have been escaped."""
 
     def say(text: str) -> None:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        print(json.dumps({"note": text}) if args.json else text, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        _talk(json.dumps({"note": text}) if args.json else text)
 
     return say
 
@@ -186,7 +214,7 @@ def _use_colour(args: argparse.Namespace) -> bool:
 
 
 def _is_terminal() -> bool:
-    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 # -- run, watch, wait --------------------------------------------------------------------------------------------------
@@ -199,10 +227,15 @@ def _run(args: argparse.Namespace) -> int:
     home = client.current_home()
     run_id = args.run_id if args.run_id is not None else client.new_run_id(home)
     try:
-        api.submit_document(document, base_dir, run_id, args.max_parallel)
+        is_new = api.submit_document(document, base_dir, run_id, args.max_parallel)["created"]
+    except InvalidWorkflow as error:
+        raise _located(args.workflow, error) from None
     except KeyboardInterrupt:
         _sayer(args)(f"interrupted before the daemon's answer; `{_program()} status {run_id}` tells if it took the run")
         return INTERRUPTED
+    if not is_new and args.run_id is not None:
+        submitted_at = client.status(home, run_id)["submitted_at"]
+        _sayer(args)(f"run {run_id} exists already (submitted {submitted_at}): nothing new was started")
     if args.detach and args.json:
         _print_json({"run_id": run_id})
     elif args.detach or args.quiet:
@@ -218,15 +251,20 @@ def _read_workflow(name: str) -> tuple[dict[str, object], str]:
     from wfd.definition import MAX_DEFINITION_BYTES
 
     if name == "-":
-        name, base_dir = "stdin", os.getcwd()
+        base_dir = client.current_directory()
         text = sys.stdin.buffer.read(MAX_DEFINITION_BYTES + 1)
     else:
         text, base_dir = api.read_file(name), api.directory_of(name)
     try:
         return api.document_in(text, base_dir), base_dir
     except InvalidWorkflow as error:
-        lines = "\n".join(f"{name}: {line}" for line in str(error).split("\n"))
-        raise InvalidWorkflow(lines, error.problems) from None
+        raise _located(name, error) from None
+
+
+def _located(name: str, error: InvalidWorkflow) -> InvalidWorkflow:
+    """The same, each problem with the file that it is in."""
+    name = "stdin" if name == "-" else name
+    return InvalidWorkflow("\n".join(f"{name}: {line}" for line in str(error).split("\n")), error.problems)
 
 
 def _watch(args: argparse.Namespace) -> int:
@@ -423,7 +461,7 @@ def _validate(args: argparse.Namespace) -> int:
     from wfctl import api
 
     document, base_dir = _read_workflow(args.workflow)
-    workflow = api.validate(document, base_dir)
+    workflow = api.checked(document, base_dir)
     if args.json:
         _print_json({"valid": True, "workflow_id": workflow.workflow_id, "steps": len(workflow.steps)})
     else:

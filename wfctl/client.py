@@ -74,6 +74,10 @@ class Silent(DaemonUnavailable):
         super().__init__(f"{owner} does not answer: is it stopped?")
 
 
+class Refused(DaemonUnavailable):
+    """The daemon cannot do it now: the disk is full, the system refuses."""
+
+
 class ReadTheLog(WorkflowError):
     """The daemon leaves this question to whoever asks it: the answer is in the log."""
 
@@ -179,6 +183,7 @@ def _refusal(error: object) -> WorkflowError:
 _REFUSALS: dict[object, type[WorkflowError]] = {
     protocol.NO_SUCH_RUN: NoSuchRun,
     protocol.DAMAGED: RunDamaged,
+    protocol.STALLED: Refused,
     protocol.RUN_EXISTS: InvalidRequest,
     protocol.NOT_FINISHED: InvalidRequest,
     protocol.INVALID_PARAMS: InvalidRequest,
@@ -329,6 +334,8 @@ def command(home: Home, method: str, params: dict[str, object]) -> dict[str, obj
             else:
                 connection.send(line)
             return connection.answer()
+        except Refused as error:
+            raise DaemonUnavailable(f"{error} (home: {home.directory})") from None
         except Gone:
             # It lost the race for the lock, is just shutting down, or died with our request: ask whoever is next.
             pass
@@ -486,6 +493,8 @@ def resolve(home: Home, text: str) -> str:
     deleted its directory. Raises NoSuchRun."""
     from wfctl import history
 
+    if not isinstance(text, str):
+        raise InvalidRequest(f"a run is named by a string, not by {type(text).__name__}")
     try:
         return history.resolve(home, text)
     except NoSuchRun:
@@ -524,6 +533,20 @@ def new_run_id(home: Home) -> str:
 _ID_CHARS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
+def as_sent(path: str) -> str:
+    """A path as a request holds it: its bytes as UTF-8, whatever encoding this process runs under. Bytes that are no
+    UTF-8 travel as lone surrogates."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def current_directory() -> str:
+    """The current directory, as a request holds it. Raises InvalidRequest when it has been removed."""
+    try:
+        return os.getcwdb().decode("utf-8", "surrogateescape")
+    except FileNotFoundError:
+        raise InvalidRequest("the current directory does not exist any more; change to one that does") from None
+
+
 def submission_environment() -> dict[str, object]:
     """What a command inherits from the one who submits it: environment, umask and soft limits."""
     import resource
@@ -548,7 +571,7 @@ def submit(home: Home, run_id: str, document: Mapping[str, object], base_dir: st
         "run_id": run_id,
         "definition": dict(document),
         "base_dir": base_dir,
-        "cwd": os.getcwd(),
+        "cwd": current_directory(),
         "environment": submission_environment(),
     }
     return command(home, "submit", params)

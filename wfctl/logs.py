@@ -21,6 +21,8 @@ from wfd.state import RUNNING, Run
 # What a failed step's last lines are looked for in, and how many of them are shown.
 TAIL_BYTES = 16 << 10
 TAIL_LINES = 10
+# A line without an end, such as a progress bar's, must not fill the screen: `logs` shows it whole.
+TAIL_CHARS = 200
 _PIECE_BYTES = 1 << 16
 # How often the files of running attempts are looked at; nothing portable tells of a file's growth.
 FOLLOW_SEC = 0.25
@@ -38,7 +40,7 @@ def tail(path: str) -> list[str]:
     except OSError:
         return []
     lines = data.decode("utf-8", "backslashreplace").rstrip("\n").split("\n")[-TAIL_LINES:]
-    return [render.escape(line, keep="\t") for line in lines] if data.strip() else []
+    return [render.cut(render.escape(line, keep="\t"), TAIL_CHARS) for line in lines] if data.strip() else []
 
 
 class _Output:
