@@ -21,6 +21,7 @@ import unittest
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -507,7 +508,8 @@ class Following(InAHome):
         files = logs.save(self.home, data)
         why = f"its last line tells its end, but line {len(lines) - 1} is not whole"
         for ask in (
-            lambda: list(self.watch()),
+            # So many ticks later it would wait for ever.
+            lambda: list(islice(self.watch(tick_sec=0.001), 1000)),
             lambda: history.status(self.home, "r1"),
             lambda: history.replay_run(self.home, "r1"),
             lambda: history.replay_file(files.events),

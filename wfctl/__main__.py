@@ -23,7 +23,7 @@ def main() -> NoReturn:
     code = cli.main()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            try:
+            try:  # noqa: SIM105 - importing contextlib costs a millisecond
                 stream.flush()
             except OSError:
                 pass  # The code has been decided; what cannot be said any more does not change it.
