@@ -128,7 +128,8 @@ def watching(log: logs.Log, known: int, end: int | None = None) -> Script:
     """Answers a watch: `known` lines are history, the others happen afterwards; after line `end` it hangs up."""
 
     def script(fake: Fake, request: dict[str, Any]) -> Iterator[bytes]:
-        start = request["params"]["from_seq"]
+        # As the daemon does: who asks for what is not there yet gets what comes next.
+        start = min(request["params"]["from_seq"], known + 1)
         state = "RUNNING"
         for line in log.lines[:known]:
             state = line.event.state if isinstance(line.event, events.RunFinished) else state

@@ -114,17 +114,21 @@ class Watch:
     def _stream(self, connection: Connection, state: str, last_seq: object) -> Iterator[Line | None]:
         assert isinstance(last_seq, int)
         is_over = state in {end.value for end in END_STATES}
-        while not is_over or self.next_seq <= last_seq:
+        # Who starts beyond the end of the log gets the lines up to there, too, and keeps them to himself.
+        expected = min(self.next_seq, last_seq + 1)
+        while not is_over or expected <= last_seq:
             raw = connection.receive(self._tick_sec)
             if raw is None:
                 yield None
                 continue
-            line = self._line_of(raw)
-            self.next_seq = line.seq + 1
+            line = self._line_of(raw, expected)
+            expected = line.seq + 1
             # The history of a run that was retried holds the ends of its earlier tries; what comes now is the end.
             if isinstance(line.event, RunFinished) and line.seq > last_seq:
                 is_over, last_seq, state = True, line.seq, line.event.state
-            yield line
+            if line.seq >= self.next_seq:
+                self.next_seq = expected
+                yield line
         self.state = state
 
     def _look_at_log(self) -> tuple[int, int, int] | None:
@@ -147,20 +151,20 @@ class Watch:
                 yield line
         self.state = state
 
-    def _line_of(self, frame: bytes) -> Line:
-        """The line in a notification, proved by its own checksum: the daemon passes on what its disk gives it."""
+    def _line_of(self, frame: bytes, expected: int) -> Line:
+        """The line `expected` in a notification, proved by its own checksum: the daemon passes on what its disk gives it."""
         try:
             raw = protocol.line_of(frame)
         except protocol.ProtocolError as error:
             raise DaemonUnavailable(f"the daemon's answer cannot be read: {error}") from None
         if not events.checks(raw, self._seed):
-            raise self._damaged(f"line {self.next_seq} is not whole")
+            raise self._damaged(f"line {expected} is not whole")
         try:
             line = events.decode(raw)
         except events.InvalidEvent as error:
-            raise self._damaged(f"line {self.next_seq}: {error}") from None
-        if line.seq != self.next_seq:
-            raise self._damaged(f"line {line.seq} comes where line {self.next_seq} should be")
+            raise self._damaged(f"line {expected}: {error}") from None
+        if line.seq != expected:
+            raise self._damaged(f"line {line.seq} comes where line {expected} should be")
         return line
 
     def _damaged(self, why: str) -> RunDamaged:
