@@ -396,6 +396,17 @@ class TestRetries(DaemonTest):
             self.assertEqual(daemon.read("out"), "x\nx\n")
             self.assertEqual(os.listdir(daemon.home.live), [])
 
+    def test_a_retry_that_is_repeated_after_the_new_end_is_answered_alike(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", "[ $WFD_ATTEMPT = 2 ]"))
+            daemon.wait_for(run_id, "FAILED")
+            daemon.request("retry", run_id=run_id, request="q1")
+            daemon.wait_for(run_id, "SUCCEEDED")
+            wait_until(lambda: not os.listdir(daemon.home.live), "the end of its marker")
+            self.assertEqual(daemon.request("retry", run_id=run_id, request="q1")["state"], "SUCCEEDED")
+            with self.assertRaises(Refused):
+                daemon.request("retry", run_id=run_id, request="q2")
+
     def test_a_retry_at_the_moment_of_the_end(self) -> None:
         with Daemon() as daemon:
             assert daemon.process is not None

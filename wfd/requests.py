@@ -19,7 +19,7 @@ from wfd.journal import Damaged
 from wfd.paths import RUN_ID_RULE, RunFiles, is_run_id
 from wfd.protocol import ProtocolError
 from wfd.server import Connection
-from wfd.state import FAILED, SUCCEEDED, Run
+from wfd.state import FAILED, SUCCEEDED, Run, RunState
 
 if TYPE_CHECKING:
     from wfd.supervisor import LiveRun, Supervisor
@@ -253,10 +253,13 @@ def _retry(supervisor: Supervisor, connection: Connection, params: dict[str, obj
     run_id, live = _find(supervisor, params)
     request = str(params["request"])
     if live is None:
-        _check_finished(supervisor, run_id)
+        run = _fold_finished(supervisor.home.run(run_id), run_id)
+        if request in run.requests:
+            # A repetition whose first answer was lost, perhaps with the run's new end behind it.
+            return None, lambda: {"run_id": run_id, "state": run.state.value}
         if supervisor.is_draining:
             raise ProtocolError(protocol.SHUTTING_DOWN, "the daemon is shutting down and starts nothing more")
-        if _state_of(supervisor, run_id) == "SUCCEEDED":
+        if run.state is RunState.SUCCEEDED:
             raise ProtocolError(protocol.NOT_FINISHED, f"run {run_id} SUCCEEDED: there is nothing to try again")
         journal.mark_live(supervisor.home, run_id)
         live = supervisor.take_over(run_id, retry_request=request)
