@@ -21,7 +21,8 @@ import unittest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What a reader has who follows the README from a clone.
 SHIPPED = (
-    "README.md", "ARCHITECTURE.md", "LICENSE", "pyproject.toml", "workflow.py", "wfd", "wfctl", "examples", "systemd", "launchd",
+    "README.md", "ARCHITECTURE.md", "LICENSE", "pyproject.toml", "workflow.py", "wfd", "wfctl", "examples", "systemd",
+    "launchd",
 )  # fmt: skip
 KINDS = {"sh", "sh test", "sh install", "sh service"}
 # One block holds at most a few short runs and the start of a daemon.

@@ -268,7 +268,7 @@ class Supervisor:
         if live.torn_bytes or decide.next_decision(live.run) is not None:
             self._write(live, LogRecovered(live.torn_bytes, live.kept_as))
             self._decide(live)
-        if live.retry_request is not None and live.run.is_over and live.retry_request not in live.run.requests:
+        if live.retry_request is not None and live.run.is_over:
             self.write_fact(live, RunRetried(live.retry_request))
         if not live.run.is_over:
             self._write(live, SupervisorStarted(FORMAT, RULES, VERSION, self.boot_id, self.host))
