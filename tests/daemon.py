@@ -20,6 +20,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,16 @@ _POLL_SEC = 0.005
 _HAS_PROC = os.path.exists("/proc/self/environ")
 
 T = TypeVar("T")
+
+
+def others_may_enter(path: str) -> bool:
+    """May any user reach what lies in this directory? A private TMPDIR shuts out those that root can become."""
+    while True:
+        if not os.stat(path).st_mode & stat.S_IXOTH:
+            return False
+        if path == "/":
+            return True
+        path = os.path.dirname(os.path.abspath(path))
 
 
 class Refused(Exception):

@@ -522,7 +522,8 @@ class TestLock(unittest.TestCase):
             with self.subTest(shell=shell):
                 bench = Bench(self, shell)
                 # The one in the background must not hold it on.
-                attempt = bench.start(bench.launch(f"({STAYS}) & trap 'exit 7' TERM; wait"))
+                command = f"trap 'exit 7' TERM; ({STAYS}) & while :; do sleep 0.01; done"
+                attempt = bench.start(bench.launch(command))
                 bench.wait_for(attempt, "ready")
                 for _ in range(2):
                     self.assertEqual(process.probe(attempt.files), Status(True, True, attempt.pid))
