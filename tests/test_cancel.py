@@ -11,6 +11,7 @@ import signal
 import socket
 import unittest
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -261,7 +262,9 @@ class DaemonKilledMeanwhile(unittest.TestCase):
             daemon.wait_for_event(run_id, "attempt_timed_out")
             daemon.kill()
             for pid in daemon.processes():
-                os.kill(pid, signal.SIGKILL)
+                # One may end with another that was killed before it.
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             daemon.start()
             self.assert_timed_out(daemon, run_id)
 

@@ -704,6 +704,23 @@ class Replaying(Case):
         self.assertEqual(self.call("status", "r2").code, 0)
 
 
+    def test_attempts_that_the_log_does_not_know(self) -> None:
+        """P7: a log that was cut, with what it had promised still on disk."""
+        lines = self.log.data.splitlines(keepends=True)
+        started = next(number for number, line in enumerate(lines) if b'"step_started"' in line)
+        self.rewrite(b"".join(lines[:started]))
+        files = self.daemon.home.run("r1").attempt(1, "a", 1)
+        os.makedirs(os.path.dirname(files.status), exist_ok=True)
+        with open(files.status, "w", encoding="ascii") as file:
+            file.write("status 1\npid 2\nexit 0\n")
+        for command in ("replay", "logs", "status"):
+            with self.subTest(command=command):
+                result = self.call(command, "r1")
+                self.assertEqual((result.code, result.err.count("\n")), (6, 1))
+                self.assertIn("the log ends before that attempt was started", result.err)
+        self.assertEqual([row["state"] for row in self.call("list", "--json").json["runs"]], ["DAMAGED"])
+
+
 class DaemonDies(Case):
     def test_viewers_miss_nothing(self) -> None:
         """P11: whatever happens to the daemon, each event once and in order."""

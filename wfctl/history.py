@@ -131,7 +131,9 @@ def fold(home: Home, run_id: str) -> Run:
     from wfd import journal
 
     try:
+        attempts = journal.attempts_on_disk(home.run(run_id), run_id)
         run, reading = journal.fold(home.run(run_id), run_id)
+        journal.check_attempts(run, attempts)
         if reading.torn_bytes and not _is_marked_live(home, run_id):
             with journal.open_log(home.run(run_id), run_id) as file:
                 _check_tail(file, run_id, reading)
@@ -192,7 +194,10 @@ def summary(home: Home, run_id: str) -> dict[str, object] | None:
     try:
         last = journal.last_line(files, run_id)
         if last is None or last.event.name != "run_finished":
-            return summary_of(journal.fold(files, run_id)[0])
+            attempts = journal.attempts_on_disk(files, run_id)
+            run, _ = journal.fold(files, run_id)
+            journal.check_attempts(run, attempts)
+            return summary_of(run)
         workflow_id, steps, submitted_at = _first_line(files)
     except FileNotFoundError:
         return None
@@ -272,8 +277,12 @@ def replay_run(home: Home, run_id: str, until: int | None = None, on_line: _OnLi
     from wfd import journal
 
     try:
+        attempts = journal.attempts_on_disk(home.run(run_id), run_id)
         with journal.open_log(home.run(run_id), run_id) as file:
-            return _replay(file, run_id, until, on_line, _is_marked_live(home, run_id))
+            found = _replay(file, run_id, until, on_line, _is_marked_live(home, run_id))
+        if until is None and found.verified:
+            journal.check_attempts(found.run, attempts)
+        return found
     except FileNotFoundError:
         raise NoSuchRun(f"there is no run {run_id}") from None
     except journal.Damaged as error:

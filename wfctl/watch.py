@@ -22,6 +22,7 @@ from wfd.state import END_STATES
 # A crashed daemon is given so long to be started again by somebody else, such as a service manager.
 REVIVE_SEC = 1.0
 _NOBODY = "no daemon answers; waiting for one (what runs goes on, and `daemon start` starts one)"
+_CRASHED = "the daemon has died; what runs goes on, and another is started"
 
 
 class Watch:
@@ -79,7 +80,7 @@ class Watch:
             yield from self._pause(delay_sec)
 
     def _connect(self) -> Connection | None:
-        self._why = _NOBODY
+        self._why = _CRASHED if self._revives and client.has_crashed(self._home) else _NOBODY
         try:
             return client.connect(self._home, client.patience_sec(self._deadline_sec))
         except Silent as error:

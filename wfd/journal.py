@@ -389,7 +389,9 @@ def recover(home: Home, run_id: str) -> tuple[Journal, Run, int, str | None]:
     killed in the middle of it, changes nothing."""
     files = home.run(run_id)
     run, reading = fold(files, run_id)
-    _check_attempts(files, run)
+    check_attempts(run, attempts_on_disk(files, run_id))
+    with suppress(FileExistsError):
+        os.mkdir(files.attempts, 0o700)
     # Whoever created the run may have been killed between its rename and this sync: its name is not durable yet.
     sync_directory(home.runs)
     with open_log(files, run_id) as file:
@@ -410,16 +412,20 @@ def unmark_live(home: Home, run_id: str) -> None:
         os.unlink(f"{home.live}/{run_id}")
 
 
-def _check_attempts(files: RunFiles, run: Run) -> None:
-    """Does the log know every attempt on disk?"""
+def attempts_on_disk(files: RunFiles, run_id: str) -> list[str]:
+    """The names in a run's directory of attempts. A reader looks here before it reads the log: what is here then, a later
+    look at the log must know. Raises Damaged, OSError."""
     try:
-        names = os.listdir(files.attempts)
+        return os.listdir(files.attempts)
     except FileNotFoundError:
         # Somebody deleted it; what it held is gone, but the log is whole.
-        os.mkdir(files.attempts, 0o700)
-        return
+        return []
     except NotADirectoryError:
-        raise Damaged(run.run_id, "attempts is not a directory") from None
+        raise Damaged(run_id, "attempts is not a directory") from None
+
+
+def check_attempts(run: Run, names: list[str]) -> None:
+    """Does the log know every attempt on disk? Raises Damaged."""
     for name in names:
         found = parse_attempt_name(name)
         if found is None:
