@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import secrets
 import shutil
 import signal
@@ -43,6 +44,9 @@ MARK = "WFD_TEST"
 DEADLINE_SEC = 120
 _POLL_SEC = 0.005
 _HAS_PROC = os.path.exists("/proc/self/environ")
+
+# resource.prlimit, which only Linux has: who needs it elsewhere is skipped.
+prlimit: Any = getattr(resource, "prlimit", None)
 
 T = TypeVar("T")
 

@@ -216,7 +216,8 @@ class Usage(unittest.TestCase):
             "sys.exit(cli.main(['run', sys.argv[2]]))"  # fmt: skip
         gone = f"{self.base}/gone"
         os.mkdir(gone)
-        result = subprocess.run([sys.executable, "-P", "-c", program, ROOT, path], cwd=gone, capture_output=True, check=False)
+        command = [sys.executable, "-P", "-c", program, ROOT, path]
+        result = subprocess.run(command, cwd=gone, capture_output=True, check=False)
         expected = b"the current directory does not exist any more; change to one that does\n"
         self.assertEqual((result.returncode, result.stderr), (2, expected))
 

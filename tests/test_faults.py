@@ -8,6 +8,7 @@ the place of a system call's result. What a machine does not offer is skipped, w
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from tests.daemon import Client, Daemon, Refused, others_may_enter, step, wait_until
+from tests.daemon import Client, Daemon, Refused, others_may_enter, prlimit, step, wait_until
 from wfd import process, protocol
 from wfd.paths import Home
 from wfd.supervisor import RESERVE_BYTES
@@ -73,7 +74,7 @@ class FullDisk(unittest.TestCase):
     """The home on a small file system of its own."""
 
     def setUp(self) -> None:
-        if os.geteuid() != 0 or sys.platform != "linux":
+        if os.geteuid() != 0 or platform.system() != "Linux":
             self.skipTest("mounts a tmpfs, as only root on Linux can")
         self.mount = tempfile.mkdtemp(prefix="wfd-test-")
         self.addCleanup(os.rmdir, self.mount)
@@ -185,12 +186,12 @@ class Limits(unittest.TestCase):
     @contextmanager
     def limited(self, which: int, soft: int) -> Iterator[None]:
         assert self.daemon.process is not None
-        before = resource.prlimit(self.daemon.process.pid, which)
-        resource.prlimit(self.daemon.process.pid, which, (soft, before[1]))
+        before = prlimit(self.daemon.process.pid, which)
+        prlimit(self.daemon.process.pid, which, (soft, before[1]))
         try:
             yield
         finally:
-            resource.prlimit(self.daemon.process.pid, which, before)
+            prlimit(self.daemon.process.pid, which, before)
 
     def submit_waiting(self) -> str:
         run_id = self.daemon.submit(step("a", COUNT + self.gate.command), step("b", COUNT, "a"))
@@ -213,7 +214,7 @@ class Limits(unittest.TestCase):
         daemon.program = ("-c", SOFT_LIMITED)
         daemon.start()
         assert daemon.process is not None
-        soft, hard = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
+        soft, hard = prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
         self.assertEqual(soft, hard)
         self.assertEqual(daemon.wait_for(daemon.submit(step("a", "true"))).state, "SUCCEEDED")
 
@@ -295,7 +296,7 @@ class NoMoreProcesses(unittest.TestCase):
     MANY = 1_000
 
     def setUp(self) -> None:
-        if os.geteuid() != 0 or sys.platform != "linux":
+        if os.geteuid() != 0 or platform.system() != "Linux":
             self.skipTest("limits the processes of another uid, as only root on Linux can")
         if not others_may_enter(tempfile.gettempdir()):
             self.skipTest("another uid cannot reach the directory for temporary files")

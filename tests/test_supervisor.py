@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from tests.daemon import DEADLINE_SEC, MARK, ROOT, Client, Daemon, Refused, step, until, wait_until
+from tests.daemon import DEADLINE_SEC, MARK, ROOT, Client, Daemon, Refused, prlimit, step, until, wait_until
 from wfd import VERSION, protocol
 from wfd.events import AttemptExited, Line, StepRetried, StepStarted
 
@@ -695,7 +695,7 @@ class TestFaultsOfOneRun(DaemonTest):
             self.assertEqual(daemon.read("out").split(), ["1", "2"])
 
 
-@unittest.skipUnless(hasattr(resource, "prlimit"), "only Linux changes another process's limits")
+@unittest.skipUnless(prlimit, "only Linux changes another process's limits")
 class TestShortages(DaemonTest):
     """P8: no step starts, nothing is lost, and work goes on by itself."""
 
@@ -703,11 +703,11 @@ class TestShortages(DaemonTest):
         """Let the daemon have so many more descriptors than it has now; None: as many as before."""
         assert daemon.process is not None
         pid = daemon.process.pid
-        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        _, hard = prlimit(pid, resource.RLIMIT_NOFILE)
         taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
         free = (number for number in itertools.count() if number not in taken)
         soft = min(hard, 1_024) if spare is None else next(itertools.islice(free, spare, None))
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
 
     def test_no_descriptors(self) -> None:
         with Daemon() as daemon:
