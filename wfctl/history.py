@@ -131,9 +131,7 @@ def fold(home: Home, run_id: str) -> Run:
     from wfd import journal
 
     try:
-        attempts = journal.attempts_on_disk(home.run(run_id), run_id)
-        run, reading = journal.fold(home.run(run_id), run_id)
-        journal.check_attempts(run, attempts)
+        run, reading = _fold_checked(home.run(run_id), run_id)
         if reading.torn_bytes and not _is_marked_live(home, run_id):
             with journal.open_log(home.run(run_id), run_id) as file:
                 _check_tail(file, run_id, reading)
@@ -142,6 +140,16 @@ def fold(home: Home, run_id: str) -> Run:
         raise NoSuchRun(f"there is no run {run_id}") from None
     except journal.Damaged as error:
         raise RunDamaged(str(error)) from None
+
+
+def _fold_checked(files: RunFiles, run_id: str) -> tuple[Run, Reading]:
+    """The state that a log tells, if it knows every attempt on disk. Raises FileNotFoundError, Damaged."""
+    from wfd import journal
+
+    attempts = journal.attempts_on_disk(files, run_id)
+    run, reading = journal.fold(files, run_id)
+    journal.check_attempts(run, attempts)
+    return run, reading
 
 
 def lines(home: Home, run_id: str) -> Iterator[Line]:
@@ -194,10 +202,7 @@ def summary(home: Home, run_id: str) -> dict[str, object] | None:
     try:
         last = journal.last_line(files, run_id)
         if last is None or last.event.name != "run_finished":
-            attempts = journal.attempts_on_disk(files, run_id)
-            run, _ = journal.fold(files, run_id)
-            journal.check_attempts(run, attempts)
-            return summary_of(run)
+            return summary_of(_fold_checked(files, run_id)[0])
         workflow_id, steps, submitted_at = _first_line(files)
     except FileNotFoundError:
         return None
