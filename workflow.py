@@ -5,7 +5,13 @@ The command line is wfctl/cli.py, the library wfctl/api.py; nothing is decided h
 
 from __future__ import annotations
 
-from wfctl.__main__ import main
+try:
+    from wfctl.__main__ import main
+except KeyboardInterrupt:
+    if __name__ == "__main__":
+        # As the command line says it from here on.
+        raise SystemExit(130) from None
+    raise
 
 if __name__ == "__main__":
     main()

@@ -25,6 +25,7 @@ commands need is imported where it is needed.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -53,6 +54,8 @@ _ERROR_CODES: dict[type[WorkflowError], int] = {
     RunDamaged: DAMAGED,
 }
 
+# Of a number, and what is shown of a text that is none.
+_MAX_DIGITS, _MAX_SHOWN = 18, 40
 # What `list` shows unless it is asked for all.
 LIST_LIMIT = 50
 
@@ -81,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_unwritable_output()
         return READER_GONE
     except OSError as error:
-        if _drop_unwritable_output():
+        if _drop_unwritable_output() or _is_unbuffered_output(error):
             _report(UsageError(f"stdout cannot be written: {error.strerror or error}"), "--json" in arguments)
             return UNWRITABLE
         where = f"{error.filename}: " if error.filename else ""
@@ -104,6 +107,14 @@ def _drop_unwritable_output() -> bool:
         _silence(sys.stdout)
         return True
     return False
+
+
+def _is_unbuffered_output(error: OSError) -> bool:
+    """Was it stdout? With PYTHONUNBUFFERED nothing is left that could fail once more. What else fails so has a name."""
+    return sys.stdout.write_through and error.filename is None and error.errno in _FULL  # type: ignore[union-attr]
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
 def _silence(stream: TextIO) -> None:
@@ -143,7 +154,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
     # argparse asks shutil for the width, for every option, and importing that costs a tenth of a whole `status`.
-    width = os.environ.get("COLUMNS", "")
+    # No terminal needs more than four digits, and int() takes no more than 4,300.
+    width = os.environ.get("COLUMNS", "")[:4]
     return argparse.HelpFormatter(prog, width=int(width) - 2 if width.isdecimal() and int(width) > 40 else 100)
 
 
@@ -154,7 +166,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _program() -> str:
     """What the user typed to get here, for messages that say what to type next."""
-    path, python = sys.argv[0], os.path.basename(sys.executable or "")
+    path, python = render.escape(sys.argv[0]), os.path.basename(sys.executable or "")
     if not python.startswith("python"):
         python = "python3"
     if os.path.basename(path) == "__main__.py":
@@ -189,7 +201,9 @@ def _report(error: WorkflowError, as_json: bool) -> int:
             body["problems"] = [{"path": path, "message": message} for path, message in error.problems]
         _talk(json.dumps({"error": body}))
     else:
-        _talk(render.escape(str(error), keep="\n"))
+        # Only the problems of a workflow are several lines, and no name in them breaks one.
+        has_lines = isinstance(error, InvalidWorkflow) and error.problems
+        _talk(render.escape(str(error), keep="\n" if has_lines else ""))
     return code
 
 
@@ -263,7 +277,7 @@ def _read_workflow(name: str) -> tuple[dict[str, object], str]:
 
 def _located(name: str, error: InvalidWorkflow) -> InvalidWorkflow:
     """The same, each problem with the file that it is in."""
-    name = "stdin" if name == "-" else name
+    name = "stdin" if name == "-" else render.escape(name)
     return InvalidWorkflow("\n".join(f"{name}: {line}" for line in str(error).split("\n")), error.problems)
 
 
@@ -369,16 +383,26 @@ def _status(args: argparse.Namespace) -> int:
     return OUTCOMES.get(str(found["state"]), FINE) if args.exit_status else FINE
 
 
+# What `status` of the run tells in the system's own words.
+_NOT_TAKEN_OVER = "the daemon could not take it over yet"
+
+
 def _list(args: argparse.Namespace) -> int:
     home = client.current_home()
+    # Before the daemon is asked: what has a marker by then the daemon has, or could not take over.
+    marked = history.marked_live(home)
     answer = client.ask(home, "list", {}, _sayer(args))
     found = answer["runs"] if answer is not None else []
     live = {run["run_id"]: run for run in found} if isinstance(found, list) else {}
-    ids, unfinished = history.run_ids(home), history.marked_live(home) | live.keys()
+    ids, unfinished = history.run_ids(home), marked | live.keys()
     shown = history.newest(home, ids, None if args.all else LIST_LIMIT)
     # However old a run is that still goes on, it belongs to the picture.
     shown += history.newest(home, list(unfinished.difference(shown)))
     runs = [row for run_id in shown if (row := live.get(run_id) or history.summary(home, run_id)) is not None]
+    waiting = marked - live.keys() if answer is not None else ()
+    for run in runs:
+        if run["run_id"] in waiting and run["state"] in ("RUNNING", "CANCELLING"):
+            run["stalled"] = _NOT_TAKEN_OVER
     if args.json:
         _print_json({"source": "log" if answer is None else "daemon", "runs": runs})
         return FINE
@@ -412,7 +436,10 @@ def _replay(args: argparse.Namespace) -> int:
         if result.torn_bytes:
             _sayer(args)(f"after line {result.lines} comes a torn tail of {result.torn_bytes} bytes")
         print()
-        print(render.status_text(result.run.describe(), render.epoch_sec(times[0]), _use_colour(args)))
+        now_sec = render.epoch_sec(times[0])
+        if now_sec is None:
+            now_sec = time.time()
+        print(render.status_text(result.run.describe(), now_sec, _use_colour(args)))
         print()
         print(_verdict(result))
     return FINE if result.verified else DAMAGED
@@ -505,8 +532,8 @@ def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, An
 
 
 def _count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    if not text.isascii() or not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{render.cut(repr(text), _MAX_SHOWN)} is not a whole number from 1 on")
     return int(text)
 
 

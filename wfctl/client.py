@@ -59,8 +59,14 @@ FIRST_DELAY_SEC, MAX_DELAY_SEC = 0.02, 1.0
 # A daemon that a client started ends by itself when it had nothing to do for so long.
 IDLE_EXIT_SEC = 900
 _RECEIVE_BYTES = 1 << 18
-# What a service manager told us is not meant for a daemon that outlives us.
-_NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+# A daemon's lock file has some hundred bytes.
+_MAX_LOCK_BYTES = 1 << 16
+# What a service manager told us is not meant for a daemon that outlives us. Nor shall one that is started in a step of
+# another home be taken for a part of that step, and be ended with it.
+_NOT_INHERITED = (
+    "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES",
+    "WFD_WORKFLOW_ID", "WFD_RUN_ID", "WFD_STEP_ID", "WFD_ATTEMPT",
+)  # fmt: skip
 
 
 class Gone(DaemonUnavailable):
@@ -242,11 +248,16 @@ def has_crashed(home: Home) -> bool:
 
 def _read_lock(home: Home) -> dict[str, object]:
     try:
-        with open(home.lock, "rb") as file:
-            record = json.loads(file.read())
-    except (OSError, ValueError):
+        with open(home.lock, "rb", opener=open_at_once) as file:
+            record = json.loads(file.read(_MAX_LOCK_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """As open() does, but without waiting for somebody to write into a FIFO that lies in the place of the file."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _open_socket(path: str, wait_sec: float, owner: str) -> socket.socket | None:
@@ -265,7 +276,8 @@ def _open_socket(path: str, wait_sec: float, owner: str) -> socket.socket | None
                 time.sleep(delay)
         if _peer_uid(sock) != os.geteuid():
             raise DaemonUnavailable(f"the socket {path} belongs to another user's process; it was not spoken to")
-    except OSError:
+    except (OSError, ValueError):
+        # ValueError: the lock file names an address that no socket can have.
         sock.close()
         return None
     except DaemonUnavailable:
@@ -351,7 +363,7 @@ def command(home: Home, method: str, params: dict[str, object]) -> dict[str, obj
 
 def _last_words(home: Home) -> str:
     try:
-        with open(home.log, "rb") as file:
+        with open(home.log, "rb", opener=open_at_once) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
             last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
     except OSError:
@@ -404,8 +416,9 @@ def _spawn(home: Home, theirs: int) -> None:
         environ = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         # The directory or zip file that the package was found in, so that the daemon is of the same version.
         environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(wfd.__file__)))
+        # -S: it needs nothing of this machine's site-packages, whose hooks may take longer than all the rest of its start.
         arguments = [
-            sys.executable, "-P", "-m", "wfd",
+            sys.executable, "-P", "-S", "-m", "wfd",
             "--home", home.directory, "--handover-fd", str(_HANDOVER_FD), "--idle-exit-sec", str(IDLE_EXIT_SEC),
         ]  # fmt: skip
         actions = [
@@ -422,7 +435,7 @@ def _spawn(home: Home, theirs: int) -> None:
 
 def _open_log(home: Home) -> int:
     """Where a daemon's talk goes. Nothing is written into a directory that is not ours."""
-    os.makedirs(home.directory, mode=0o700, exist_ok=True)
+    _make_private(home.directory)
     found = os.lstat(home.directory)
     if not stat.S_ISDIR(found.st_mode):
         raise DaemonUnavailable(f"{home.directory} is a symbolic link: set WFD_HOME to the directory itself")
@@ -433,7 +446,21 @@ def _open_log(home: Home) -> int:
             os.replace(home.log, home.log + ".1")
     except FileNotFoundError:
         pass
-    return os.open(home.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    # O_NONBLOCK: a FIFO in its place must not be waited for.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    return os.open(home.log, flags, 0o600)
+
+
+def _make_private(directory: str) -> None:
+    """Make a directory and those that it lies in, as far as they are missing, for us alone: os.makedirs would leave all
+    but the last one to the umask, which may be 0."""
+    parent = os.path.dirname(directory)
+    if parent != directory and not os.path.isdir(parent):
+        _make_private(parent)
+    try:
+        os.mkdir(directory, 0o700)
+    except FileExistsError:
+        return  # What is there is looked at by whoever wants to use it.
 
 
 def reap_daemons() -> None:
@@ -475,7 +502,7 @@ def _is_locked(home: Home) -> bool:
     import fcntl
 
     try:
-        with open(home.lock, "rb") as file:
+        with open(home.lock, "rb", opener=open_at_once) as file:
             # Shared, and let go of at once. A daemon that starts in this instant finds it taken; its client asks again.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -510,15 +537,19 @@ def status(
 ) -> dict[str, object]:
     """The run's state as `status --json` prints it, from the daemon or else from the log ("source" tells which; `say`
     is told when there is a daemon that is silent). Raises NoSuchRun, RunDamaged, DaemonUnavailable."""
+    stalled = None
     try:
         found = ask(home, "status", {"run_id": run_id}, say, answer_sec)
     except ReadTheLog:
         found = None
+    except Refused as error:
+        # The daemon has not been able to take the run over. What became of it meanwhile nobody has written.
+        found, stalled = None, str(error)
     if found is not None:
         return found
     from wfctl import history
 
-    return history.status(home, run_id)
+    return {**history.status(home, run_id), "stalled": stalled}
 
 
 def new_run_id(home: Home) -> str:

@@ -31,4 +31,4 @@ class DaemonUnavailable(WorkflowError):
 
 
 class RunDamaged(WorkflowError):
-    """The run's log cannot be trusted. The run is left on disk as it is."""
+    """The run's log cannot be trusted, or a later version wrote it. The run is left on disk as it is."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 from wfctl import render
 from wfctl.errors import NoSuchRun, RunDamaged
-from wfd.paths import RUN_ID_RULE, Home, RunFiles, is_run_id
+from wfd.paths import RUN_ID, RUN_ID_RULE, Home, RunFiles, is_run_id
 
 TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `status`.
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _OnLine = Callable[["Line"], None]
 
 LATEST = "@latest"
 # Ids as client.new_run_id makes them.
-_GENERATED = re.compile(r"(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)-[a-z0-9]{4}", re.ASCII)
+_GENERATED = re.compile(r"[0-9]{8}-[0-9]{6}-[a-z0-9]{4}")
 _NS = 1_000_000_000
 # So much later than its id was made a run may be on disk: the daemon was started and 100,000 steps were taken in, twice.
 MAX_SUBMISSION_SEC = 150
@@ -52,7 +52,7 @@ def run_ids(home: Home) -> list[str]:
         names = os.listdir(home.runs)
     except FileNotFoundError:
         return []
-    return list(filter(is_run_id, names))
+    return list(filter(RUN_ID.fullmatch, names))
 
 
 def marked_live(home: Home) -> set[str]:
@@ -68,23 +68,28 @@ def newest(home: Home, ids: list[str], count: int | None = None) -> list[str]:
 
     A generated id tells when it was made, so that of thousands only those are looked at on disk that may be among the
     `count`. A name that a user chose tells nothing, nor does one from the future."""
-    now_sec = time.time()
-    known = {run_id: made for run_id in ids if (made := _made_sec(run_id)) is not None and made <= now_sec}
-    exact = {run_id: _submitted_ns(home, run_id) for run_id in ids if run_id not in known}
+    now = _stamp(time.time())
+    made = {run_id for run_id in filter(_GENERATED.fullmatch, ids) if run_id <= now}
+    exact = {run_id: _submitted_ns(home, run_id) for run_id in ids if run_id not in made}
     if count is not None and count < len(ids):
-        border_sec = sorted([*known.values(), *(ns // _NS for ns in exact.values())], reverse=True)[count - 1]
-        known = {run_id: made for run_id, made in known.items() if made >= border_sec - MAX_SUBMISSION_SEC}
-    exact.update((run_id, _submitted_ns(home, run_id)) for run_id in known)
+        stamps = [*(run_id[: len(now)] for run_id in made), *(_stamp(ns / _NS) for ns in exact.values())]
+        border_sec = render.epoch_sec(_as_time(sorted(stamps, reverse=True)[count - 1])) or 0
+        border = _stamp(max(0, border_sec - MAX_SUBMISSION_SEC))
+        made = {run_id for run_id in made if run_id >= border}
+    exact.update((run_id, _submitted_ns(home, run_id)) for run_id in made)
     return sorted(exact, key=lambda run_id: (exact[run_id], run_id), reverse=True)[:count]
 
 
-def _made_sec(run_id: str) -> int | None:
-    """When a generated id was made, in seconds since 1970."""
-    found = _GENERATED.fullmatch(run_id)
-    if found is None:
-        return None
-    year, month, day, hour, minute, second = found.groups()
-    return int(render.epoch_sec(f"{year}-{month}-{day}T{hour}:{minute}:{second}Z"))
+def _stamp(sec: float) -> str:
+    """A time as generated ids begin with it: of two of them the later is the greater string, which is all that listing ten
+    thousand runs has the time to ask."""
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime(sec))
+
+
+def _as_time(stamp: str) -> str:
+    """The same as a log has it."""
+    day, _, clock = stamp.partition("-")
+    return f"{day[:4]}-{day[4:6]}-{day[6:]}T{clock[:2]}:{clock[2:4]}:{clock[4:]}Z"
 
 
 def _submitted_ns(home: Home, run_id: str) -> int:
@@ -195,20 +200,24 @@ def _check_tail(file: BinaryIO, run_id: str, reading: Reading) -> None:
 
 def summary(home: Home, run_id: str) -> dict[str, object] | None:
     """A run as a row of `list`, read as cheaply as its state allows; None when it has just been removed. Counts that
-    only a fold would tell are None for a run that is over. A damaged run has the state DAMAGED and says why."""
+    only a fold would tell are None for a run that is over. A damaged run has the state DAMAGED, one of a later version
+    NEWER, and either says why."""
     from wfd import journal
+    from wfd.events import RunFinished
+    from wfd.state import END_STATES
 
     files = home.run(run_id)
     try:
         last = journal.last_line(files, run_id)
-        if last is None or last.event.name != "run_finished":
+        state = last.event.state if last is not None and isinstance(last.event, RunFinished) else ""
+        if last is None or state not in END_STATES:
             return summary_of(_fold_checked(files, run_id)[0])
-        workflow_id, steps, submitted_at = _first_line(files)
+        workflow_id, steps, submitted_at = _first_line(files, run_id)
     except FileNotFoundError:
         return None
-    except (journal.Damaged, ValueError, LookupError, TypeError) as error:
-        return {**_row(run_id, None, "DAMAGED", None, None, None), "why": getattr(error, "why", "line 1 is not whole")}
-    state = last.event.state  # type: ignore[attr-defined]
+    except journal.Damaged as error:
+        state = "NEWER" if isinstance(error, journal.Newer) else "DAMAGED"
+        return {**_row(run_id, None, state, None, None, None), "why": error.why}
     row = _row(run_id, workflow_id, state, submitted_at, last.at, steps)
     if state == "SUCCEEDED":
         row.update(succeeded=steps, failed=0)
@@ -245,11 +254,23 @@ def _row(
     }
 
 
-def _first_line(files: RunFiles) -> tuple[str, int, str]:
-    """Workflow id, number of steps, time of submission; the definition is not checked again, since the daemon has."""
-    with open(files.events, "rb") as file:
-        record = json.loads(file.readline(_MAX_LINE_BYTES))
-    return str(record["workflow"]["workflow_id"]), len(record["workflow"]["steps"]), str(record["at"])
+def _first_line(files: RunFiles, run_id: str) -> tuple[str, int, str]:
+    """Workflow id, number of steps, time of submission; the definition is not checked again, since the daemon has.
+    Raises FileNotFoundError, Damaged."""
+    from wfd import events, journal
+
+    with journal.open_log(files, run_id) as file:
+        raw = file.readline(_MAX_LINE_BYTES)
+    try:
+        record = json.loads(raw)
+        is_newer = record["format"] > events.FORMAT or record["rules"] > events.RULES
+        told = str(record["workflow"]["workflow_id"]), len(record["workflow"]["steps"]), str(record["at"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise journal.Damaged(run_id, "line 1 is not whole") from None
+    if is_newer or not events.checks(raw[:-1], events.seed(run_id)):
+        # Whoever reads the line whole knows what to say about it.
+        journal.submitted(files, run_id)
+    return told
 
 
 # -- replay ------------------------------------------------------------------------------------------------------------
@@ -331,6 +352,8 @@ def _replay(file: BinaryIO, run_id: str, until: int | None, on_line: _OnLine, ma
 
     try:
         run, difference = decide.replay(shown())
+        if run.run_id != run_id:
+            raise journal.Damaged(run_id, f"line 1: the log is of run {run.run_id!r}")
         if reading.torn_bytes and not may_be_unfinished:
             _check_tail(file, run_id, reading)
     except journal.Damaged as error:

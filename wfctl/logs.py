@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable
 
-from wfctl import render
+from wfctl import client, render
 from wfctl.errors import NoSuchRun
 from wfctl.watch import Watch
 from wfd.events import Decision, Line, StepStarted
@@ -33,7 +33,7 @@ _MAX_IDS_SHOWN = 10
 def tail(path: str) -> list[str]:
     """The last lines of an output, escaped. Empty when there are none."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=client.open_at_once) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
             data = file.read()
@@ -59,7 +59,7 @@ class _Output:
         """What has been added since the last call, in its form. `is_last`: nothing more will come."""
         pieces = []
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=client.open_at_once) as file:
                 # The daemon cuts an output that has become too long.
                 self._offset = file.seek(min(self._offset, file.seek(0, os.SEEK_END)))
                 while data := file.read(_PIECE_BYTES):

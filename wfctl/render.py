@@ -13,15 +13,19 @@ from collections.abc import Iterable, Mapping, Sequence
 
 TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `status`.
 if TYPE_CHECKING:
+    from typing import Any
+
     from wfd.events import Line
     from wfd.state import Run, StepRecord
 
 # A table with one id of 200 characters must stay a table.
 MAX_COLUMN_CHARS = 40
+# Thirty thousand years.
+_MAX_MS = 10**15
 
 _COLOURS = {
-    "RUNNING": "33", "SUCCEEDED": "32", "FAILED": "31", "DAMAGED": "31", "CANCELLING": "35", "CANCELLED": "35",
-    "SKIPPED": "2", "PENDING": "2",
+    "RUNNING": "33", "SUCCEEDED": "32", "FAILED": "31", "DAMAGED": "31", "NEWER": "31", "CANCELLING": "35",
+    "CANCELLED": "35", "SKIPPED": "2", "PENDING": "2",
 }  # fmt: skip
 
 
@@ -52,30 +56,40 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
 
 
-def epoch_sec(at: str) -> float:
-    """A time of the log (2026-11-23T07:24:12.123456Z) in seconds since 1970."""
+def epoch_sec(at: str) -> float | None:
+    """A time of the log (2026-11-23T07:24:12.123456Z) in seconds since 1970. None when it is no such time: replay never
+    compares it, so it may be anything in a log that somebody has written by hand."""
     # Not datetime, whose import costs more than all the rest of a table. Years are counted from March, so that leap
     # days come last and the months before a day make (153 * month + 2) // 5 days.
-    year, month, day = int(at[:4]), int(at[5:7]), int(at[8:10])
+    seconds, _, fraction = at[17:-1].partition(".")
+    parts = at[:4], at[5:7], at[8:10], at[11:13], at[14:16], seconds[:2], fraction[:6] or "0"
+    if not (at.isascii() and all(map(str.isdecimal, parts))):
+        return None
+    year, month, day, hour, minute, second, _ = map(int, parts)
     year, month = (year - 1, month + 9) if month < 3 else (year, month - 3)
     days = 365 * year + year // 4 - year // 100 + year // 400 + (153 * month + 2) // 5 + day - 719469
-    return days * 86400 + int(at[11:13]) * 3600 + int(at[14:16]) * 60 + float(at[17:-1])
+    return days * 86400 + hour * 3600 + minute * 60 + second + float(f"0.{parts[-1]}")
+
+
+def _seconds(ms: int) -> float:
+    """Milliseconds as seconds. A number that somebody wrote into a log by hand may be too long for a float."""
+    return min(ms, _MAX_MS) / 1000
 
 
 def took(start: object, end: object, now_sec: float) -> str:
     """How long something has lasted, up to now if it is not over; empty when it has not begun."""
-    if not isinstance(start, str):
-        return ""
-    return duration((epoch_sec(end) if isinstance(end, str) else now_sec) - epoch_sec(start))
+    start_sec = epoch_sec(start) if isinstance(start, str) else None
+    end_sec = epoch_sec(end) if isinstance(end, str) else now_sec
+    return "" if start_sec is None or end_sec is None else duration(end_sec - start_sec)
 
 
 def clock(at: str) -> str:
     """The time of day of a log line: 07:24:12.123Z."""
-    return at[11:23] + "Z"
+    return escape(at[11:23]) + "Z"
 
 
 def _moment(at: object) -> str:
-    return at[:19].replace("T", " ") + "Z" if isinstance(at, str) else ""
+    return escape(at[:19].replace("T", " ")) + "Z" if isinstance(at, str) else ""
 
 
 def cells(text: str) -> int:
@@ -139,7 +153,8 @@ def headline(status: Mapping[str, object], steps: Iterable[Mapping[str, object]]
     state = str(status["state"])
     reason = _RUN_REASONS.get(str(status["reason"]), "")
     lasted = took(status["submitted_at"], status["finished_at"], now_sec)
-    words = [str(status["run_id"]), escape(str(status["workflow_id"])), paint(state, state, colour)]
+    # A log that is replayed from a file may name any run.
+    words = [escape(str(status["run_id"])), escape(str(status["workflow_id"])), paint(state, state, colour)]
     how_long = f"{reason} after {lasted}" if reason else lasted
     return "  ".join([*words, how_long, counts(str(step["state"]) for step in steps)])
 
@@ -164,7 +179,7 @@ def why(step: Mapping[str, object]) -> str:
         return f"because of {escape(str(step['because']))}"
     text = _why(reason if isinstance(reason, str) else "", code if isinstance(code, int) else None)
     if step["state"] == "READY" and isinstance(delay_ms, int) and delay_ms:
-        text = f"{text}; waits {duration(delay_ms / 1000)}"
+        text = f"{text}; waits {duration(_seconds(delay_ms))}"
     return text
 
 
@@ -222,8 +237,7 @@ class Story:
     def tell(self, line: Line) -> str | None:
         """The line in words, or None for one that is no transition of the run or of a step."""
         event = line.event
-        names: tuple[str, ...] = type(event).__slots__
-        record = {name: getattr(event, name) for name in names}
+        record: dict[str, Any] = dict(zip(event._fields, event, strict=True))
         step = record.get("step")
         if step is None:
             told = _tell_of_run(event.name, record)
@@ -253,7 +267,7 @@ class Story:
         if name == "step_retried":
             delay_ms = record["delay_ms"]
             assert isinstance(delay_ms, int)
-            return f"{attempt} {end}; tried again {f'after {delay_ms / 1000:g} s' if delay_ms else 'at once'}"
+            return f"{attempt} {end}; tried again {f'after {_seconds(delay_ms):g} s' if delay_ms else 'at once'}"
         return f"{attempt} {end}".rstrip() if name == "step_failed" else attempt
 
     def _line(self, line: Line, who: str, state: str, reason: str) -> str:
@@ -278,7 +292,7 @@ def _tell_of_run(name: str, record: Mapping[str, object]) -> tuple[str, str] | N
         steps = len(workflow.steps)  # type: ignore[attr-defined]
         return "RUNNING", f"{escape(workflow.workflow_id)}, {steps} step{'s' * (steps != 1)}"  # type: ignore[attr-defined]
     if name == "run_finished":
-        return str(record["state"]), _REASONS.get(str(record["reason"]), "")
+        return escape(str(record["state"])), _REASONS.get(str(record["reason"]), "")
     if name == "supervisor_started":
         return "", f"kept by wfd {escape(str(record['version']))} on {escape(str(record['host']))}"
     if name == "log_recovered":
@@ -293,9 +307,9 @@ def _tell_of_run(name: str, record: Mapping[str, object]) -> tuple[str, str] | N
 def _end_of_attempt(name: str, record: Mapping[str, object]) -> str:
     code = record.get("exit_code")
     if name == "attempt_lost":
-        return f"was lost ({record['why']})"
+        return f"was lost ({escape(str(record['why']))})"
     if name == "attempt_not_started":
-        return f"was not started ({record['why']}: {escape(str(record['detail']))})"
+        return f"was not started ({escape(str(record['why']))}: {escape(str(record['detail']))})"
     return _why("exit", code).replace("exit", "exited with", 1) if isinstance(code, int) else "was ended"
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from wfctl import client, history
-from wfctl.client import FIRST_DELAY_SEC, MAX_DELAY_SEC, Connection, Gone, ReadTheLog, Silent
+from wfctl.client import FIRST_DELAY_SEC, MAX_DELAY_SEC, Connection, Gone, ReadTheLog, Refused, Silent
 from wfctl.errors import DaemonUnavailable, RunDamaged
 from wfd import events, protocol
 from wfd.events import Line, RunFinished, RunRetried
@@ -29,9 +29,9 @@ class Watch:
     """The lines of one run from `from_seq` on, each once and in order, until the run is over; then `state` is its end.
 
     Iterating waits. With `tick_sec` it also yields None whenever so much time passed without a line. While no daemon
-    answers it reads the log, tells `on_wait` why once, and waits for a daemon to come back. With `revives` it starts one
-    when the last one has crashed. With `deadline_sec` (of the monotonic clock) no question is waited for any longer, and
-    iterating ends then, with `state` None.
+    answers, or it has no room to take the run over, it reads the log, tells `on_wait` why once, and waits. With `revives`
+    it starts one when the last one has crashed. With `deadline_sec` (of the monotonic clock) no question is waited for any
+    longer, and iterating ends then, with `state` None.
     Raises NoSuchRun, RunDamaged, DaemonUnavailable while iterating."""
 
     def __init__(
@@ -52,13 +52,14 @@ class Watch:
         self._revives = revives
         self._deadline_sec = deadline_sec
         self._why = _NOBODY
+        self._refusal = ""
         self.next_seq = from_seq
         self.state: str | None = None
 
     def __iter__(self) -> Iterator[Line | None]:
         delay_sec, lonely_since, log_seen = FIRST_DELAY_SEC, None, None
         while True:
-            before = self.next_seq
+            before, is_revived = self.next_seq, False
             connection = self._connect()
             if connection is not None:
                 with connection:
@@ -75,8 +76,11 @@ class Watch:
                 if lonely_since is None:
                     lonely_since = time.monotonic()
                     self._on_wait(self._why)
-                self._revive(lonely_since)
-            delay_sec = FIRST_DELAY_SEC if self.next_seq > before else min(2 * delay_sec, MAX_DELAY_SEC)
+                if is_revived := self._revive(lonely_since):
+                    # Should it crash at once, the next one comes no sooner than this one has.
+                    lonely_since = time.monotonic()
+            is_news = is_revived or self.next_seq > before
+            delay_sec = FIRST_DELAY_SEC if is_news else min(2 * delay_sec, MAX_DELAY_SEC)
             yield from self._pause(delay_sec)
 
     def _connect(self) -> Connection | None:
@@ -90,10 +94,13 @@ class Watch:
     def _is_too_late(self) -> bool:
         return self._deadline_sec is not None and time.monotonic() >= self._deadline_sec
 
-    def _revive(self, lonely_since: float) -> None:
-        """A daemon that crashed has not ended the run's work, and nobody else may come by to go on with it."""
+    def _revive(self, lonely_since: float) -> bool:
+        """A daemon that crashed has not ended the run's work, and nobody else may come by to go on with it. Is there one
+        again?"""
         if self._revives and time.monotonic() - lonely_since >= REVIVE_SEC and client.has_crashed(self._home):
             client.greet(self._home)
+            return True
+        return False
 
     def _pause(self, delay_sec: float) -> Iterator[None]:
         end = time.monotonic() + delay_sec
@@ -108,6 +115,11 @@ class Watch:
             reply = connection.ask("watch", {"run_id": self._run_id, "from_seq": self.next_seq})
             yield from self._stream(connection, str(reply["state"]), reply["last_seq"])
         except ReadTheLog:
+            yield from self._from_log()
+        except Refused as error:
+            if self._refusal != str(error):
+                self._refusal = str(error)
+                self._on_wait(f"the run is stalled: {error}")
             yield from self._from_log()
         except (Gone, Silent):
             pass
@@ -126,7 +138,7 @@ class Watch:
             expected = line.seq + 1
             # The history of a run that was retried holds the ends of its earlier tries; what comes now is the end.
             if isinstance(line.event, RunFinished) and line.seq > last_seq:
-                is_over, last_seq, state = True, line.seq, line.event.state
+                is_over, last_seq, state = True, line.seq, self._end_in(line, line.event)
             if line.seq >= self.next_seq:
                 self.next_seq = expected
                 yield line
@@ -144,7 +156,7 @@ class Watch:
         state = None
         for line in history.lines(self._home, self._run_id):
             if isinstance(line.event, RunFinished):
-                state = line.event.state
+                state = self._end_in(line, line.event)
             elif isinstance(line.event, RunRetried):
                 state = None
             if line.seq >= self.next_seq:
@@ -163,10 +175,18 @@ class Watch:
         try:
             line = events.decode(raw)
         except events.InvalidEvent as error:
-            raise self._damaged(f"line {expected}: {error}") from None
+            from wfd import journal
+
+            raise RunDamaged(str(journal.refusal(self._run_id, expected, error))) from None
         if line.seq != expected:
             raise self._damaged(f"line {line.seq} comes where line {expected} should be")
         return line
+
+    def _end_in(self, line: Line, event: RunFinished) -> str:
+        """The end state that a run_finished names. Nobody has folded the log on our way, so it may be any word."""
+        if event.state not in END_STATES:
+            raise self._damaged(f"line {line.seq} names {event.state!r} as the end of the run")
+        return event.state
 
     def _damaged(self, why: str) -> RunDamaged:
         return RunDamaged(f"run {self._run_id} is damaged and was not touched: {why}")

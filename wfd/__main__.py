@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gc
 import json
 import os
 import platform
@@ -23,11 +24,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NoReturn
 
-from wfd import VERSION, machine
+from wfd import VERSION, journal, machine
 from wfd.paths import Home, default_home, runtime_directory
 from wfd.protocol import PROTOCOL_MAX, PROTOCOL_MIN, request
-from wfd.supervisor import Supervisor, log, monotonic_ms, wall
+from wfd.supervisor import Supervisor, log, monotonic_ms, printable, wall
 
 EXIT_CANNOT_START = 4
 # fds 8 and 9 are the shim's, 0 to 2 its standard ones: none of ours may lie there, or a DUP2 at a spawn would clobber it.
@@ -36,8 +38,18 @@ _LOWEST_FD = 10
 _PARALLEL_PER_CPU, _PARALLEL_MIN = 4, 32
 # Room for a thousand watchers beside the journals of live runs; no more, since some systems pay for what is allowed.
 _WANTED_DESCRIPTORS = 8_192
+# Hardly anything of ours is part of a cycle, while the parts of a large workflow stay for long: Python's own threshold of
+# 700 has it look through all of them again and again.
+_GC_THRESHOLD = 50_000
+# What is in a lock file is shorter, unless somebody else has written it.
+_LOCK_BYTES = 4096
 # How long a service waits for the daemon that it replaces.
 _REPLACE_SEC = 10
+# A daemon that is killed while it starts a step leaves a child that has all its descriptors, the lock among them, until it
+# execs the shim. It does so within a millisecond, or when the machine has time for it.
+_LEFT_SEC = 5
+# No number that anybody means has more: a day has eleven in microseconds.
+_MAX_DIGITS = 18
 # The first descriptor that systemd passes (sd_listen_fds(3)).
 _LISTEN_FDS_START = 3
 
@@ -52,13 +64,13 @@ class CannotStart(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """Run the daemon until it is asked to end. Returns the exit status."""
     options = _parse(arguments)
-    handover = None if options.handover_fd is None else _move_up(options.handover_fd)
-    passed = _passed_sockets()
-    _close_inherited()
-    _occupy_low_descriptors()
     os.umask(0o077)
     home = Home(options.home or default_home(os.environ, sys.platform, os.path.expanduser("~")))
     try:
+        handover = None if options.handover_fd is None else _move_up(options.handover_fd)
+        passed = _passed_sockets()
+        _close_inherited()
+        _occupy_low_descriptors()
         _prepare(home)
         lock = _lock(home, options.replace, passed)
         try:
@@ -66,13 +78,18 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             os.close(lock)
     except CannotStart as error:
-        print(f"wfd: {error}", file=sys.stderr)
+        print(printable(f"wfd: {error}"), file=sys.stderr)
         return EXIT_CANNOT_START
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="wfd",
         description="The workflow daemon: owns the runs of one home. Usually wfctl starts it; a service manager may.",
         epilog="Environment: WFD_HOME or XDG_STATE_HOME (where the home is), XDG_RUNTIME_DIR (sockets of homes with long "
@@ -93,7 +110,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--replace", action="store_true", help="ask a running daemon of this home to end, and adopt its steps (services)"
     )
-    parser.add_argument("--handover-fd", type=int, metavar="FD", help="a connected socket of the client that starts us")
+    parser.add_argument("--handover-fd", type=_positive, metavar="FD", help="a connected socket of the starting client")
     parser.add_argument("--version", action="version", version=f"wfd {VERSION}")
     return parser.parse_args(arguments)
 
@@ -105,34 +122,42 @@ def _absolute(text: str) -> str:
 
 
 def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
+    number = _number(text)
+    if number is None or number < 1:
+        limits = f"from 1 on, of {_MAX_DIGITS} digits at most"
+        raise argparse.ArgumentTypeError(f"{text[:_MAX_DIGITS]!r} is not a whole number {limits}")
+    return number
+
+
+def _number(text: str) -> int | None:
+    """The number that a flag or a variable holds. None when it is none that anybody means: what is no ASCII digit counts
+    for Python too, and thousands of digits are refused."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else None
 
 
 # -- descriptors --------------------------------------------------------------------------------------------------------
 
 
 def _move_up(fd: int) -> int:
-    """The same open file behind a descriptor that no spawn clobbers and no step inherits."""
+    """The same open file behind a descriptor that no spawn clobbers and no step inherits. Raises CannotStart."""
     try:
         moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _LOWEST_FD)
-    except OSError as error:
-        raise SystemExit(f"wfd: descriptor {fd} was promised and is not there: {error.strerror}") from None
+    except (OSError, OverflowError) as error:
+        raise CannotStart(f"descriptor {fd} was promised and is not there: {error}") from None
     os.close(fd)
     return moved
 
 
 def _passed_sockets() -> list[socket.socket]:
-    """What systemd's socket activation passed (sd_listen_fds(3))."""
-    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "0")
+    """What systemd's socket activation passed (sd_listen_fds(3)). Raises CannotStart."""
+    pid, count = os.environ.pop("LISTEN_PID", ""), _number(os.environ.pop("LISTEN_FDS", "0"))
     os.environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or not count.isdigit():
+    if pid != str(os.getpid()) or count is None:
         return []
     try:
-        return [socket.socket(fileno=_move_up(_LISTEN_FDS_START + i)) for i in range(int(count))]
+        return [socket.socket(fileno=_move_up(_LISTEN_FDS_START + i)) for i in range(count)]
     except OSError as error:
-        raise SystemExit(f"wfd: a descriptor that was passed is not a socket: {error.strerror}") from None
+        raise CannotStart(f"a descriptor that was passed is not a socket: {error.strerror}") from None
 
 
 def _close_inherited() -> None:
@@ -183,9 +208,22 @@ def _prepare(home: Home) -> None:
         os.makedirs(os.path.dirname(home.directory), exist_ok=True)
         for directory in (home.directory, home.runs, home.live):
             own_directory(directory)
+        _keep(home)
         os.chdir("/")
     except OSError as error:
         raise CannotStart(f"the home {home.directory} cannot be used: {error.strerror}") from None
+
+
+def _keep(home: Home) -> None:
+    """Make the home's own names durable, whoever made them, as long as it holds no run: a run that is durable in a directory
+    that is not would be lost with it. Raises OSError."""
+    with os.scandir(home.runs) as runs:
+        if next(runs, None) is not None:
+            return
+    journal.sync_directory(home.directory)
+    # Who may not read it has not made the home.
+    with suppress(PermissionError):
+        journal.sync_directory(os.path.dirname(home.directory))
 
 
 def own_directory(path: str) -> None:
@@ -209,20 +247,34 @@ def _lock(home: Home, replace: bool, passed: list[socket.socket]) -> int:
         fd = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise CannotStart(f"{home.lock} cannot be opened: {error.strerror}") from None
-    deadline = time.monotonic() + (_REPLACE_SEC if replace else 0)
+    deadline = time.monotonic() + (_REPLACE_SEC if replace else _LEFT_SEC)
     asked = False
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return fd
         except BlockingIOError:
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or not (replace or _is_left_by_a_dead(fd)):
                 os.close(fd)
                 raise CannotStart(f"another daemon owns {home.directory}: see `daemon status`") from None
-        if not asked:
+        except OSError as error:
+            os.close(fd)
+            raise CannotStart(f"{home.lock} cannot be locked: {error.strerror}") from None
+        if replace and not asked:
             asked = True
             _ask_to_end(home, passed)
         time.sleep(0.02)
+
+
+def _is_left_by_a_dead(lock: int) -> bool:
+    """Is the daemon that was the last to own the home dead, as its lock file has it?"""
+    try:
+        os.kill(json.loads(os.pread(lock, _LOCK_BYTES, 0))["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return False
+    return False
 
 
 def _ask_to_end(home: Home, passed: list[socket.socket]) -> None:
@@ -239,7 +291,7 @@ def _ask_to_end(home: Home, passed: list[socket.socket]) -> None:
             client.connect(owner["socket"])
             client.sendall(request("shutdown", {}))
             client.recv(1)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         log(f"the daemon that owns the home does not answer: {error!r}")
 
 
@@ -311,7 +363,7 @@ def _unlink_own(path: str, bound: _FileId | None) -> None:
 def _notifier() -> tuple[Callable[[str], None], int | None]:
     """How to tell the service manager something (sd_notify(3)), and how often it wants to hear that the loop turns (ms)."""
     address = os.environ.pop("NOTIFY_SOCKET", "")
-    usec, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", str(os.getpid()))
+    usec, pid = _number(os.environ.pop("WATCHDOG_USEC", "")), os.environ.pop("WATCHDOG_PID", str(os.getpid()))
     if not address:
         return lambda text: None, None
     sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -323,7 +375,7 @@ def _notifier() -> tuple[Callable[[str], None], int | None]:
             log(f"the service manager cannot be told {text!r}: {error.strerror}")
 
     # Half the interval, as sd_watchdog_enabled(3) advises.
-    return notify, int(usec) // 2000 if usec.isdigit() and pid == str(os.getpid()) else None
+    return notify, usec // 2000 if usec is not None and pid == str(os.getpid()) else None
 
 
 # -- the loop -----------------------------------------------------------------------------------------------------------
@@ -332,25 +384,11 @@ def _notifier() -> tuple[Callable[[str], None], int | None]:
 def _serve(
     home: Home, lock: int, options: argparse.Namespace, handover: int | None, passed: list[socket.socket]
 ) -> None:
-    _raise_limits()
     try:
-        if not machine.inherits_locks(home.directory):
-            raise CannotStart(f"{home.directory} is on a file system whose locks do not pass to children (NFS?)")
-        boot_id = machine.boot_id()
-        path, listeners, bound = _listen(home, passed)
-        _write_lock(lock, path)
+        supervisor, path, bound = _set_up(home, lock, options, handover, passed)
+        notify, heartbeat_ms = _notifier()
     except OSError as error:
         raise CannotStart(f"the home {home.directory} cannot be used: {error.strerror or error}") from None
-    selector = selectors.DefaultSelector()
-    supervisor = Supervisor(home, path, selector, boot_id, platform.node(), options.max_parallel)
-    _catch_signals(supervisor, selector)
-    for listener in listeners:
-        supervisor.server.listen(listener)
-    if handover is not None:
-        supervisor.server.welcome(socket.socket(fileno=handover))
-    supervisor.make_reserve()
-    supervisor.take_over_all()
-    notify, heartbeat_ms = _notifier()
     notify("READY=1")
     log(f"wfd {VERSION}, pid {os.getpid()}, owns {home.directory}, {len(supervisor.live)} live runs")
     _loop(supervisor, options.idle_exit_sec, notify, heartbeat_ms)
@@ -361,6 +399,30 @@ def _serve(
     with suppress(OSError):
         _replace_content(lock, {"ended_at": wall()})
     log(f"pid {os.getpid()} ends; {supervisor.running} running steps go on")
+
+
+def _set_up(
+    home: Home, lock: int, options: argparse.Namespace, handover: int | None, passed: list[socket.socket]
+) -> tuple[Supervisor, str, _FileId | None]:
+    """A supervisor that listens and owns the runs of the home; its socket's path and, if we have made it, its file. Raises
+    CannotStart, OSError."""
+    _raise_limits()
+    gc.set_threshold(_GC_THRESHOLD)
+    if not machine.inherits_locks(home.directory):
+        raise CannotStart(f"{home.directory} is on a file system whose locks do not pass to children (NFS?)")
+    boot_id = machine.boot_id()
+    path, listeners, bound = _listen(home, passed)
+    _write_lock(lock, path)
+    selector = selectors.DefaultSelector()
+    supervisor = Supervisor(home, path, selector, boot_id, platform.node(), options.max_parallel)
+    _catch_signals(supervisor, selector)
+    for listener in listeners:
+        supervisor.server.listen(listener)
+    if handover is not None:
+        supervisor.server.welcome(socket.socket(fileno=handover))
+    supervisor.make_reserve()
+    supervisor.take_over_all()
+    return supervisor, path, bound
 
 
 def _loop(

@@ -17,7 +17,6 @@ This file does no I/O, reads no clock and draws no numbers: a jitter is drawn by
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
 
 from wfd.events import (
     DRAW_PPM,
@@ -41,16 +40,17 @@ from wfd.events import (
     StepSucceeded,
 )
 from wfd.state import READY, RUNNING, Impossible, Run, RunState, StepRecord
+from wfd.values import Value
 
 # Losses are the machine's doing (OOM kills, power cuts), but a step that is the reason for them must not repeat for
 # ever.
 MAX_LOSSES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Value):
     """The first line of a log that the rules would not have written."""
 
+    __slots__ = ()
     seq: int
     expected: str
     found: str
@@ -199,8 +199,7 @@ def replay(lines: Iterable[Line]) -> tuple[Run, Difference | None]:
 def describe(event: Event) -> str:
     """An event in one phrase: `step_retried step=b cause=7 reason=exit delay_ms=1000`."""
     parts = [event.name]
-    for field in fields(event):  # type: ignore[arg-type]
-        value = getattr(event, field.name)
-        if value is not None and field.name != "workflow":
-            parts.append(f"{field.name}={value}")
+    for name, value in zip(event._fields, event, strict=True):
+        if value is not None and name != "workflow":
+            parts.append(f"{name}={value}")
     return " ".join(parts)

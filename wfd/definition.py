@@ -7,8 +7,8 @@ Rules of this file
   * No recursion and nothing quadratic: 100,000 steps in any order are ordinary.
 
 Theory. A definition exists in two forms: the one a user writes (`parse`, `validate`) and the record in line 1 of a
-run's log (`to_record`, `from_record`). Both are tables of the same kind, from the name in the JSON to the name in the
-dataclass and a check that returns the converted value or raises. An object is read through its table in one loop; only
+run's log (`to_record`, `from_record`). Both are tables of the same kind, from the name in the JSON to the name of
+the field and a check that returns the converted value or raises. An object is read through its table in one loop; only
 when that fails is it read again, slowly, to collect all that is wrong with it. So good definitions pay for one call a
 field.
 
@@ -24,9 +24,14 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
-from typing import Any, NamedTuple
+
+from wfd.values import Value
+
+TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `status`.
+if TYPE_CHECKING:
+    from typing import Any
 
 # --- Limits -----------------------------------------------------------------------------------------------------------
 
@@ -52,6 +57,10 @@ MAX_ENV_NAMES = 1_000
 MAX_ENV_ENTRY_BYTES = 128 * 1024 - 1
 # PATH_MAX of Linux without the closing NUL.
 MAX_PATH_BYTES = 4_095
+# Steps whose records are made at once to write them down: those of all would take more memory than the steps themselves.
+_STEPS_AT_A_TIME = 100
+# Different back-offs that are remembered, so that not each step has to be asked for its own again.
+_BACKOFFS_KEPT = 64
 # No integer here has more digits than this; JSON itself sets no bound, and converting long ones costs quadratic time.
 MAX_DIGITS = 20
 
@@ -76,10 +85,10 @@ MAX_QUOTED_CHARS = 60
 # --- What comes out ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(Value):
     """One thing wrong: `path` is its place in the JSON (`$.steps[2].command`), `message` says what and what to do."""
 
+    __slots__ = ()
     path: str
     message: str
 
@@ -100,10 +109,10 @@ class DefinitionError(ValueError):
         return "\n".join([*lines, f"... and {hidden} more"] if hidden else lines)
 
 
-@dataclass(frozen=True, slots=True)
-class Backoff:
+class Backoff(Value):
     """How long a step waits before it is tried again. Times in milliseconds, factor and jitter in thousandths."""
 
+    __slots__ = ()
     initial_ms: int
     factor_permille: int
     max_ms: int
@@ -136,10 +145,10 @@ class Backoff:
         return min(self.max_ms, above // below)
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Value):
     """One command and when, where and how often it runs. `cwd` is absolute, or None for the workflow's."""
 
+    __slots__ = ()
     id: str
     command: str
     depends_on: tuple[str, ...]
@@ -152,10 +161,10 @@ class Step:
     on_lost: str  # "retry" | "fail"
 
 
-@dataclass(frozen=True, slots=True)
-class Workflow:
+class Workflow(Value):
     """A checked definition. `steps` keep the user's order; `cwd` is absolute, or None for the submitter's directory."""
 
+    __slots__ = ()
     workflow_id: str
     steps: tuple[Step, ...]
     max_parallel: int | None
@@ -163,6 +172,8 @@ class Workflow:
     cwd: str | None
     timeout_ms: int | None
 
+
+_encode: Callable[[object], str] = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 # --- The four ways in and the one way out -----------------------------------------------------------------------------
 
@@ -193,46 +204,38 @@ def from_record(record: object) -> Workflow:
 
 
 def to_record(workflow: Workflow) -> dict[str, object]:
-    """The normalised form for the log: strings, integers, lists and dicts, named as in the dataclasses; no None."""
-    record: dict[str, object] = {
-        "workflow_id": workflow.workflow_id,
-        "steps": [_step_record(step) for step in workflow.steps],
-        "max_parallel": workflow.max_parallel,
-        "env": dict(sorted(workflow.env.items())),
-        "cwd": workflow.cwd,
-        "timeout_ms": workflow.timeout_ms,
-    }
+    """The normalised form for the log: strings, integers, lists and dicts, named as in the values; no None."""
+    record: dict[str, object] = dict(zip(workflow._fields, workflow, strict=True))
+    record["steps"] = [_step_record(step) for step in workflow.steps]
+    record["env"] = dict(sorted(workflow.env.items()))
     return {name: value for name, value in record.items() if value is not None}
+
+
+def to_json(workflow: Workflow) -> str:
+    """The normalised form as one line of JSON, ASCII."""
+    parts = (workflow.steps[first : first + _STEPS_AT_A_TIME] for first in range(0, len(workflow.steps), _STEPS_AT_A_TIME))
+    steps = ",".join([_encode([_step_record(step) for step in part])[1:-1] for part in parts])
+    record = to_record(workflow._replace(steps=()))
+    texts = [f'"{name}":' + (f"[{steps}]" if name == "steps" else _encode(value)) for name, value in record.items()]
+    return f"{{{','.join(texts)}}}"
 
 
 def _step_record(step: Step) -> dict[str, object]:
-    backoff = step.backoff
-    record: dict[str, object] = {
-        "id": step.id,
-        "command": step.command,
-        "depends_on": list(step.depends_on),
-        "retries": step.retries,
-        "timeout_ms": step.timeout_ms,
-        "backoff": {
-            "initial_ms": backoff.initial_ms,
-            "factor_permille": backoff.factor_permille,
-            "max_ms": backoff.max_ms,
-            "jitter_permille": backoff.jitter_permille,
-        },
-        "env": dict(sorted(step.env.items())),
-        "cwd": step.cwd,
-        "grace_ms": step.grace_ms,
-        "on_lost": step.on_lost,
-    }
-    return {name: value for name, value in record.items() if value is not None}
+    record: dict[str, object] = {name: value for name, value in zip(step._fields, step, strict=True) if value is not None}
+    record["depends_on"] = list(step.depends_on)
+    record["backoff"] = dict(zip(step.backoff._fields, step.backoff, strict=True))
+    if step.env:
+        record["env"] = dict(sorted(step.env.items()))
+    return record
 
 
 # --- Reading JSON strictly --------------------------------------------------------------------------------------------
 
 
-class _UnusableNumber(NamedTuple):
+class _UnusableNumber(Value):
     """Stands in a decoded document where a number was that no field can take."""
 
+    __slots__ = ()
     text: str
 
 
@@ -311,21 +314,23 @@ def _locate(document: object, doubled: dict[int, list[str]]) -> tuple[list[Probl
 
 # --- From a decoded document to a Workflow ----------------------------------------------------------------------------
 
-# Takes a JSON value; returns what the dataclass holds, or raises DefinitionError with paths relative to the value.
-_Check = Callable[[object], Any]
+# Takes a JSON value; returns what `Step` and the like hold, or raises DefinitionError with paths relative to the value.
+_Check = Callable[[object], "Any"]
 
 
-class _Shape(NamedTuple):
-    """What one kind of object may hold: name in the JSON -> (name in the dataclass, check)."""
+class _Shape(Value):
+    """What one kind of object may hold: name in the JSON -> (name of the field, check)."""
 
+    __slots__ = ()
     noun: str
     fields: dict[str, tuple[str, _Check]]
-    required: frozenset[str]  # Names in the dataclass.
+    required: frozenset[str]  # Names of fields.
 
 
-class _Form(NamedTuple):
+class _Form(Value):
     """One of the two forms of a definition: the user's and the record's."""
 
+    __slots__ = ()
     workflow: _Shape
     step: _Shape
 
@@ -354,7 +359,7 @@ def _build(document: object, form: _Form, base_dir: str, problems: list[Problem]
     if problems:
         raise DefinitionError(problems)
     fields["steps"] = tuple(steps)
-    return Workflow(**{"max_parallel": None, "env": {}, "cwd": None, "timeout_ms": None, **fields})
+    return Workflow._from({"max_parallel": None, "env": {}, "cwd": None, "timeout_ms": None, **fields})
 
 
 def _build_steps(documents: list[object], shape: _Shape, home: str, problems: list[Problem]) -> list[Step]:
@@ -368,7 +373,7 @@ def _build_steps(documents: list[object], shape: _Shape, home: str, problems: li
                 if "cwd" in fields:
                     fields["cwd"] = _resolve(fields["cwd"], home)
                 fields.setdefault("env", {})  # Not among the defaults: all steps would share one dict.
-                steps.append(Step(**{**defaults, **fields}))
+                steps.append(Step._from({**defaults, **fields}))
                 continue
             except DefinitionError as error:
                 flaws = error.problems
@@ -379,7 +384,7 @@ def _build_steps(documents: list[object], shape: _Shape, home: str, problems: li
 
 
 def _read(document: object, shape: _Shape) -> tuple[dict[str, Any], Sequence[Problem]]:
-    """The object's fields under their dataclass names, converted, and what is wrong with the others."""
+    """The object's fields under their names in Step and the like, converted, and what is wrong with the others."""
     known = shape.fields
     if type(document) is dict:
         fields = {}
@@ -619,10 +624,24 @@ def _backoff(shape: _Shape) -> _Check:
     """A check for a back-off in the given form."""
 
     def check(value: object) -> Backoff:
+        if type(value) is dict:
+            try:
+                return known(tuple(value), *value.values())
+            except TypeError:
+                pass  # Something in it has no hash, so it is no number.
+        return read(value)
+
+    # Most steps of a workflow have the same, and in a log all have one: it is half of what reading a step's record costs.
+    # `typed`, since True is no 1 here.
+    @lru_cache(_BACKOFFS_KEPT, typed=True)
+    def known(names: tuple[str, ...], *values: object) -> Backoff:
+        return read(dict(zip(names, values, strict=True)))
+
+    def read(value: object) -> Backoff:
         fields, flaws = _read(value, shape)
         if flaws:
             raise DefinitionError(flaws)
-        backoff = Backoff(**{**_BACKOFF_DEFAULTS, **fields})
+        backoff = Backoff._from({**_BACKOFF_DEFAULTS, **fields})
         if backoff.max_ms < backoff.initial_ms:
             limits = f"the longest delay ({backoff.max_ms} ms) is below the first ({backoff.initial_ms} ms)"
             raise _refusal(f"{limits}; {'lower the first' if 'max_ms' in fields else 'give max_sec too'}")

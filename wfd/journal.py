@@ -31,7 +31,7 @@ from contextlib import suppress
 from typing import BinaryIO
 
 from wfd import events
-from wfd.events import Event, InvalidEvent, Line, RunSubmitted
+from wfd.events import Event, InvalidEvent, Line, NewerLog, RunSubmitted
 from wfd.paths import Home, RunFiles, parse_attempt_name
 from wfd.state import Impossible, Run
 
@@ -39,17 +39,29 @@ from wfd.state import Impossible, Run
 _COPY_BYTES = 1 << 20
 # How much of the end of a log is looked at to find its last line. Only run_submitted is ever longer.
 _TAIL_BYTES = 4096
-# Reasons for a failed open that pass: no run is quarantined because of them.
-_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+# Reasons for a failed open that pass, or tell of the disk and not of the log: no run is quarantined because of them.
+_NOT_OF_THE_LOG = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR})
 
 
 class Damaged(Exception):
     """A log that cannot be trusted: the run is quarantined, and left on disk as it is."""
 
+    words = "is damaged and was not touched: "
+
     def __init__(self, run_id: str, why: str) -> None:
-        super().__init__(f"run {run_id} is damaged and was not touched: {why}")
+        super().__init__(f"run {run_id} {self.words}{why}")
         self.run_id = run_id
         self.why = why
+
+    def again(self) -> Damaged:
+        """The same refusal for another request: one that is raised twice would keep the frames of both."""
+        return type(self)(self.run_id, self.why)
+
+
+class Newer(Damaged):
+    """A log of a later version: it is refused like a damaged one, since we do not know what it says, but it is sound."""
+
+    words = ""
 
 
 class CommitFailed(Exception):
@@ -99,21 +111,22 @@ class Reading:
 
     def __iter__(self) -> Iterator[Line]:
         seed, checks, decode = self._seed, events.checks, events.decode
+        seq = 0
         for raw in self._file:
             body = raw[:-1]
-            if not raw.endswith(b"\n") or not checks(body, seed):
+            if raw[-1:] != b"\n" or not checks(body, seed):
                 self._judge_tail(raw)
                 return
             try:
                 line = decode(body)
             except InvalidEvent as error:
-                raise Damaged(self._run_id, f"line {self.seq + 1}: {error}") from None
-            if line.seq != self.seq + 1:
+                raise refusal(self._run_id, seq + 1, error) from None
+            if line.seq != seq + 1:
                 self._judge_tail(raw)
                 return
-            if line.durable > self.seq:
+            if line.durable > seq:
                 raise Damaged(self._run_id, f"line {line.seq} says that line {line.durable} was durable before it")
-            self.seq = line.seq
+            self.seq = seq = line.seq
             self.end += len(raw)
             yield line
         if self.seq == 0:
@@ -139,6 +152,11 @@ class Reading:
             raw = self._file.readline()
 
 
+def refusal(run_id: str, seq: int, error: InvalidEvent) -> Damaged:
+    """Why a run is refused whose line `seq` is whole and no event of ours."""
+    return Newer(run_id, str(error)) if isinstance(error, NewerLog) else Damaged(run_id, f"line {seq}: {error}")
+
+
 def _durable_of(body: bytes) -> int | None:
     try:
         return events.decode(body).durable
@@ -147,23 +165,39 @@ def _durable_of(body: bytes) -> int | None:
 
 
 def open_log(files: RunFiles, run_id: str) -> BinaryIO:
-    """The log, for reading. Raises FileNotFoundError when there is no such run, Damaged when it is no plain file, and
-    OSError when the system is short of descriptors or memory: that says nothing about the log."""
+    """The log, for reading. Raises FileNotFoundError when there is no such run, and what `open_plain` raises."""
     try:
-        # O_NONBLOCK: opening a FIFO that somebody put there must not wait for a writer.
-        fd = os.open(files.events, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open_plain(files.events, run_id)
     except FileNotFoundError:
         if os.path.lexists(files.directory):
             raise Damaged(run_id, "it has no events.ndjson") from None
         raise
+
+
+def open_plain(path: str, run_id: str) -> BinaryIO:
+    """A file of a run, for reading. Raises FileNotFoundError; Damaged when it is no plain file; and OSError when the
+    system is short of descriptors or memory, or its disk fails: that says nothing about the file."""
+    name = path.rpartition("/")[2]
+    try:
+        # O_NONBLOCK: opening a FIFO that somebody put there must not wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        if error.errno in _SHORTAGES:
+        if error.errno in _NOT_OF_THE_LOG:
             raise
-        raise Damaged(run_id, f"events.ndjson cannot be opened: {error.strerror}") from None
+        raise Damaged(run_id, f"{name} cannot be opened: {error.strerror}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise Damaged(run_id, "events.ndjson is not a plain file")
+        raise Damaged(run_id, f"{name} is not a plain file")
     return open(fd, "rb")
+
+
+def check_owner(run_id: str, name: str, found: os.stat_result) -> None:
+    """A daemon carries out what a run's files say, so nobody else may have written them. (Who only reads them is not
+    harmed.) Raises Damaged."""
+    if found.st_uid != os.geteuid():
+        raise Damaged(run_id, f"{name} belongs to uid {found.st_uid}, not to us (uid {os.geteuid()})")
 
 
 def fold(files: RunFiles, run_id: str) -> tuple[Run, Reading]:
@@ -198,7 +232,8 @@ def submitted(files: RunFiles, run_id: str) -> RunSubmitted:
 
 def last_line(files: RunFiles, run_id: str) -> Line | None:
     """The last line of a log, when its checksum is right: enough to tell a finished run from others without reading it
-    all. None when it is torn or too long to be an end. Raises FileNotFoundError, Damaged."""
+    all. None when it is torn, too long to be an end, or no event: then the lines before it tell why. Raises
+    FileNotFoundError, Damaged."""
     with open_log(files, run_id) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL_BYTES))
@@ -210,8 +245,8 @@ def last_line(files: RunFiles, run_id: str) -> Line | None:
         return None
     try:
         return events.decode(raw)
-    except InvalidEvent as error:
-        raise Damaged(run_id, f"its last line: {error}") from None
+    except InvalidEvent:
+        return None
 
 
 def offset_of(files: RunFiles, run_id: str, seq: int) -> int:
@@ -273,7 +308,8 @@ class Journal:
         """Make the batch durable: one write, one fsync. Returns its bytes.
 
         Raises CommitFailed; the batch is then discarded, and the caller must fold its state again from `refold`."""
-        batch = b"".join(self._pending)
+        # Its lines are let go of at once: those of ten thousand steps that become READY are megabytes.
+        batch, self._pending = b"".join(self._pending), []
         try:
             if self._must_move:
                 self._move_to_new_inode()
@@ -282,7 +318,6 @@ class Journal:
         except OSError as error:
             self.discard()
             raise CommitFailed(error) from error
-        self._pending = []
         self.durable = self.seq
         self.size += len(batch)
         return batch
@@ -364,8 +399,7 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
         if fd >= 0:
             os.close(fd)
         shutil.rmtree(made, ignore_errors=True)
-        with suppress(OSError):
-            unmark_live(home, run_id)
+        unmark_live(home, run_id)
         raise
     return Journal(files, run_id, fd, 1, len(line))
 
@@ -389,12 +423,15 @@ def recover(home: Home, run_id: str) -> tuple[Journal, Run, int, str | None]:
     killed in the middle of it, changes nothing."""
     files = home.run(run_id)
     run, reading = fold(files, run_id)
+    check_owner(run_id, "its directory", os.lstat(files.directory))
     check_attempts(run, attempts_on_disk(files, run_id))
     with suppress(FileExistsError):
         os.mkdir(files.attempts, 0o700)
-    # Whoever created the run may have been killed between its rename and this sync: its name is not durable yet.
+    # Whoever made its marker, or created it, may have been killed before the sync: then neither name is durable yet.
+    sync_directory(home.live)
     sync_directory(home.runs)
     with open_log(files, run_id) as file:
+        check_owner(run_id, "events.ndjson", os.fstat(file.fileno()))
         kept_as = _keep_torn_tail(files, file, reading) if reading.torn_bytes else None
         fd = _copy_to_new_inode(files, file.fileno(), reading.end)
     return Journal(files, run_id, fd, run.seq, reading.end), run, reading.torn_bytes, kept_as
@@ -407,8 +444,8 @@ def mark_live(home: Home, run_id: str) -> None:
 
 
 def unmark_live(home: Home, run_id: str) -> None:
-    """Take a run, whose end is durable, off that list. No fsync: a marker that comes back costs one look."""
-    with suppress(FileNotFoundError):
+    """Take a run, whose end is durable, off that list. No fsync and no error: a marker that stays costs one look."""
+    with suppress(OSError):
         os.unlink(f"{home.live}/{run_id}")
 
 
@@ -420,8 +457,10 @@ def attempts_on_disk(files: RunFiles, run_id: str) -> list[str]:
     except FileNotFoundError:
         # Somebody deleted it; what it held is gone, but the log is whole.
         return []
-    except NotADirectoryError:
-        raise Damaged(run_id, "attempts is not a directory") from None
+    except OSError as error:
+        if error.errno in _NOT_OF_THE_LOG:
+            raise
+        raise Damaged(run_id, f"attempts cannot be looked into: {error.strerror}") from None
 
 
 def check_attempts(run: Run, names: list[str]) -> None:
@@ -477,7 +516,9 @@ def _create_log(path: str) -> int:
 
 def _write_file(path: str, data: bytes) -> None:
     """A small file, durable once its directory is. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    # O_NONBLOCK: as in open_plain.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o600)
     try:
         _write_all(fd, data)
         sync(fd)

@@ -12,8 +12,9 @@
 from __future__ import annotations
 
 import re
-from collections import namedtuple
 from collections.abc import Mapping
+
+from wfd.values import Value
 
 # sockaddr_un.sun_path holds 104 bytes on macOS and 108 on Linux, the closing NUL included: 103 fit both.
 MAX_SOCKET_PATH_BYTES = 103
@@ -21,13 +22,13 @@ MAX_SOCKET_PATH_BYTES = 103
 MAX_SLUG_CHARS = 40
 
 # Lower case sorts alike on case-folding file systems; a leading dot or dash would hide it or read as an option.
-RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+RUN_ID = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9_-])?")
 RUN_ID_RULE = "1 to 100 of a-z 0-9 . _ -, starting with a letter or digit, not ending in a dot"
 
 
 def is_run_id(text: str) -> bool:
     """May this be the name of a run (and so of its directory)?"""
-    return RUN_ID.fullmatch(text) is not None and not text.endswith(".")
+    return RUN_ID.fullmatch(text) is not None
 
 
 def default_home(environ: Mapping[str, str], platform: str, user_home: str) -> str:
@@ -42,8 +43,7 @@ def default_home(environ: Mapping[str, str], platform: str, user_home: str) -> s
     return user_home + "/.local/state/wfd"
 
 
-# Named tuples here and in protocol.py: importing dataclasses costs a client 5 ms, a quarter of a whole `status`.
-class AttemptFiles(namedtuple("AttemptFiles", "out status script")):
+class AttemptFiles(Value):
     """The files of one attempt."""
 
     __slots__ = ()
@@ -52,7 +52,7 @@ class AttemptFiles(namedtuple("AttemptFiles", "out status script")):
     script: str
 
 
-class RunFiles(namedtuple("RunFiles", "directory")):
+class RunFiles(Value):
     """The files of one run."""
 
     __slots__ = ()
@@ -78,9 +78,10 @@ class RunFiles(namedtuple("RunFiles", "directory")):
 
 def slug(step_id: str) -> str:
     """A file-name-safe rest of a step id, for people's eyes."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", step_id)[:MAX_SLUG_CHARS].strip("-") or "step"
+    return _UNSAFE.sub("-", step_id)[:MAX_SLUG_CHARS].strip("-") or "step"
 
 
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _ATTEMPT_NAME = re.compile(r"([1-9][0-9]{0,8})-[A-Za-z0-9_-]+\.([1-9][0-9]{0,8})\.(?:out|status|sh)")
 
 
@@ -90,7 +91,7 @@ def parse_attempt_name(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-class Home(namedtuple("Home", "directory")):
+class Home(Value):
     """The files of one home: one daemon, all its runs."""
 
     __slots__ = ()

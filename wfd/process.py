@@ -13,13 +13,15 @@ only hints, for signals. Read the lock first, then the file:
     free   no file, same boot         never spawned                  spawn (the supervisor acts from its state)
     free   no pid, same boot          the shim died first            never began
     free   no pid or file, other boot cannot know                    `lost`
+    free   what no shim writes        cannot know                    `lost`; nothing in it is believed
 
 Rules
 * The daemon writes the first line of a status file itself. That takes the disk block that the shim's own two short lines
   then fit into, so a disk that fills up meanwhile cannot swallow an exit status.
-* An attempt is over when its lock is free and its group has no live member. A group's number cannot be taken by a
-  stranger while it has a member or its leader is an unreaped zombie. So survivors are killed before the shim is reaped;
-  a group whose shim somebody else reaped is only touched where members carry this attempt's WFD_* environment.
+* An attempt is over when its lock is free, its group has no live member, and none of its processes that have left the
+  group is found (orphans.py). A group's number cannot be taken by a stranger while it has a member or its leader is an
+  unreaped zombie. So survivors are killed before the shim is reaped. A group whose shim somebody else reaped is ours if
+  we saw that shim alive just before; else it is only touched where members carry this attempt's WFD_* environment.
 * A logged timeout or cancel decides the attempt: without an exit status it is then "exited, status unknown", never lost.
 * Output goes straight to a file, never through a pipe: a pipe dies with the daemon, and hangs on background children.
 """
@@ -35,11 +37,13 @@ import shlex
 import signal
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
 
 from wfd import machine
+from wfd.orphans import Orphans
 from wfd.paths import AttemptFiles
 
 # Portable to dash, bash, busybox, mksh, zsh and bash 3.2. $1 directory, $2 umask, $3 our own `ulimit` calls; the others are
@@ -56,11 +60,15 @@ from wfd.paths import AttemptFiles
 #  * `||` after the subshell: bash as sh takes `errexit` from an inherited SHELLOPTS, and would die of the command's status.
 #  * OLDPWD would be the daemon's directory.
 #  * The user's text is never read by this shell, which would be the `$$` of a `kill -9 $$` in it: it is words, or one word.
+#  * What the shell does by itself and without harm, it does here: a subshell would be a fork, 0.3 of 1.2 ms.
 SHIM = """\
 WFD_T= WFD_S=0; trap '' HUP INT QUIT TSTP TTIN TTOU; trap WFD_T=1 TERM
 cd -- "$1" && umask "$2" || { echo "error cwd" >&9; exit 125; }
-(trap - HUP INT QUIT TERM TSTP TTIN TTOU; unset WFD_T WFD_S OLDPWD; echo "pid $$" >&9 || exit 125
-exec 2>&8 8>&- 9>&-; eval "$3"; shift 3; "$@") || WFD_S=$?
+case $4 in
+exec) (trap - HUP INT QUIT TERM TSTP TTIN TTOU; unset WFD_T WFD_S OLDPWD; echo "pid $$" >&9 || exit 125
+exec 2>&8 8>&- 9>&-; eval "$3"; shift 3; "$@") || WFD_S=$?;;
+*) echo "pid $$" >&9 || exit 125; shift 3; "$@" 2>&8 8>&- 9>&- || WFD_S=$?;;
+esac
 echo "exit $WFD_S" >&9 || exit "$WFD_S"
 [ "$WFD_T" ] || kill -s KILL -- -$$
 exit "$WFD_S"
@@ -69,16 +77,21 @@ _SHELL = "/bin/sh"
 # A command of such words means the same to every shell, which does nothing but look for the first and start it: so the
 # subshell of the shim does, and the step costs one shell instead of two (1 ms of processor time on our 2-core machine).
 _PLAIN_WORDS = re.compile(r"[ \t]*[A-Za-z0-9_./][A-Za-z0-9_./:@%+,-]*([ \t]+[A-Za-z0-9_./:@%+,=-]+)*[ \t]*")
-# Except for what a shell does by itself, in POSIX, bash or ksh. The first few leave the shell that does them as it was.
-_HARMLESS = frozenset(("echo", "false", "printf", "test", "true"))
+# Except for what a shell does by itself, in POSIX, bash or ksh. The first few leave the shell that does them as it was,
+# whatever their words (bash's `printf -v` and `test -v` would not).
+_HARMLESS = frozenset(("echo", "false", "true"))
 _OWN_TO_SHELLS = frozenset(
     """. alias bg bind break builtin caller case cd chdir command compgen complete compopt continue coproc declare dirs
     disown do done elif else enable esac eval exec exit export fc fg fi for function getopts global hash help history if
-    in jobs kill let local login logout mapfile newgrp popd print pushd pwd read readarray readonly return select set
-    shift shopt source suspend then time times trap type typeset ulimit umask unalias unset until wait whence while
+    in jobs kill let local login logout mapfile newgrp popd print printf pushd pwd read readarray readonly return select
+    set shift shopt source suspend test then time times trap type typeset ulimit umask unalias unset until wait whence while
     """.split()  # noqa: SIM905 (a list would take a screen)
 )
 _STATUS_HEADER = b"status 1\n"
+# All that a shim of ours can have written behind it, whole: nothing, its pid, its end, both, or why there was no command.
+# No system has pids of more than ten digits; those that no signal call takes are sorted out by their size.
+_STATUS = re.compile(rb"(?:pid ([1-9][0-9]{0,9})\n)?(?:exit (0|[1-9][0-9]{0,2})\n)?|(error cwd\n)")
+_MAX_PID = 2**31 - 1
 # Linux refuses a single argument of 128 KiB (MAX_ARG_STRLEN); a longer command goes through a file.
 MAX_ARGUMENT_BYTES = 100_000
 # A status file holds three short lines. What is behind this is nonsense that somebody else wrote.
@@ -89,16 +102,21 @@ _OUTPUT_MARK = b"\n[wfd: the output grew beyond %d bytes; what came after was cu
 
 # An adopted attempt is not our child: nobody tells us of its end, so its lock is looked at so often.
 ADOPTED_POLL_MS = 50
+# A group's number stays its own while the group has members, and is not given out again before the system has gone once
+# round its numbers, of which there are 32,768 at the least: no system starts so many processes in this time.
+GROUP_STAYS_MS = 1_000
 # The members of a killed group need a moment to go. Looked at quickly at first, then more slowly, but often enough that
-# its number cannot come round again between two looks (a pid space of 32,768 lasts longer than this).
+# its number hardly comes round again between two looks (a pid space of 32,768 lasts longer than this). It cannot at all
+# where the group is found among our own children (orphans.py).
 SWEEP_FIRST_MS, SWEEP_MAX_MS = 2, 100
 # From this delay on zombies are told from live members (a scan of all processes): PID 1 of a container may never reap.
 SWEEP_SCAN_FROM_MS = 8
 
 # The system is short of something: the attempt waits, and no new step starts meanwhile.
 _PASSING = frozenset(
-    {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EINTR}
-)
+    {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.ENOSPC, errno.EDQUOT, errno.EIO,
+     errno.EINTR}
+)  # fmt: skip
 _ULIMIT_LETTERS: dict[str, tuple[int, str, int]] = {
     # name in environment.json: (resource, letter of ulimit, bytes in one unit of the letter)
     "nofile": (resource.RLIMIT_NOFILE, "n", 1),
@@ -113,15 +131,14 @@ _ULIMIT_LETTERS: dict[str, tuple[int, str, int]] = {
 _SERVICE_VARIABLES = frozenset(
     {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
 )
-_DEFAULT_SIGNALS = [number for number in signal.valid_signals() if number not in (signal.SIGKILL, signal.SIGSTOP)]
 
 
 class SpawnStalled(Exception):
     """The system is short of something (processes, memory, descriptors, disk). Nothing was started; try again later."""
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+# Named tuples: a frozen dataclass takes three times as long to make, and each attempt has five of these.
+class Launch(NamedTuple):
     """All that one attempt is started with. environ: bytes to bytes, markers included."""
 
     files: AttemptFiles
@@ -132,8 +149,7 @@ class Launch:
     environ: Mapping[bytes, bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """What the lock and the status file say. held: alive. pid: the shim's, and its group's number. error: "cwd", or
     "strange" when what lies there is nothing that a shim of ours has written to."""
 
@@ -144,8 +160,7 @@ class Status:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What wait4 tells of an attempt. The peak is never lower than the daemon's own at the spawn (Linux keeps the
     high-water mark of the shared memory across vfork and exec)."""
 
@@ -154,8 +169,7 @@ class Usage:
     peak_rss_kib: int
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How an attempt ended. kind: "exited" (exit_code None: status unknown), "lost" or "not_started" (both with why);
     or "stalled": its command never began because its shell was refused a process, so that it can be spawned again."""
 
@@ -166,8 +180,7 @@ class Outcome:
     usage: Usage | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(NamedTuple):
     """A shim of ours that was reaped. code: its own status, negative for a signal."""
 
     pid: int
@@ -213,16 +226,26 @@ def _spawn(launch: Launch, status: int) -> int:
         (os.POSIX_SPAWN_DUP2, 1, 8),
         (os.POSIX_SPAWN_DUP2, status, 9),
     ]
-    cwd = launch.cwd.encode("utf-8", "surrogateescape")
-    arguments: list[bytes] = [b"sh", b"-c", SHIM.encode(), b"sh", cwd, b"%04o" % launch.umask]
+    arguments: list[str | bytes] = ["sh", "-c", SHIM, "sh", launch.cwd.encode("utf-8", "surrogateescape")]
     return os.posix_spawn(
         _SHELL,
-        [*arguments, launch.limits.encode(), *command],
+        [*arguments, f"{launch.umask:04o}", launch.limits, *command],
         launch.environ,
         file_actions=actions,
         setsid=True,
-        setsigmask=[],
-        setsigdef=_DEFAULT_SIGNALS,
+        setsigmask=(),
+        setsigdef=_ignored_signals(),
+    )
+
+
+@cache
+def _ignored_signals() -> tuple[int, ...]:
+    """Those that a child would inherit as ignored: ours, and those of whoever started us (nohup). What we handle is reset
+    by the exec itself. Asked once: naming all 60 of them costs each spawn as many system calls."""
+    return tuple(
+        number
+        for number in signal.valid_signals()
+        if number not in (signal.SIGKILL, signal.SIGSTOP) and signal.getsignal(number) in (signal.SIG_IGN, None)
     )
 
 
@@ -327,21 +350,17 @@ def probe(files: AttemptFiles) -> Status:
 
 
 def _parse_status(held: bool, data: bytes) -> Status:
-    pid = exit_code = None
-    error = None if _STATUS_HEADER.startswith(data[: len(_STATUS_HEADER)]) else "strange"
     # Only newline-ended lines count: the last one may be half written.
-    for line in data.split(b"\n")[:-1]:
-        match = re.fullmatch(rb"(pid|exit|error) ([0-9]{1,10}|cwd)", line)
-        if match is None:
-            continue
-        word, value = match[1], match[2]
-        if word == b"pid" and value.isdigit() and int(value) > 1:
-            pid = int(value)
-        elif word == b"exit" and value.isdigit() and int(value) <= 255:
-            exit_code = int(value)
-        elif word == b"error" and value == b"cwd":
-            error = "cwd"
-    return Status(held, True, pid, exit_code, error)
+    whole = data[: data.rfind(b"\n") + 1]
+    if not whole and _STATUS_HEADER.startswith(data):
+        return Status(held, True)
+    match = _STATUS.fullmatch(whole, len(_STATUS_HEADER)) if whole.startswith(_STATUS_HEADER) else None
+    if match is None:
+        return _STRANGE._replace(held=held)
+    pid, exit_code = (None if text is None else int(text) for text in match.group(1, 2))
+    if (pid is not None and not 1 < pid <= _MAX_PID) or (exit_code is not None and exit_code > 255):
+        return _STRANGE._replace(held=held)
+    return Status(held, True, pid, exit_code, "cwd" if match[3] else None)
 
 
 _STRANGE = Status(held=False, exists=True, error="strange")
@@ -375,10 +394,14 @@ def outcome_of(status: Status, *, is_ending: bool, rebooted: bool, exit: Exit | 
 
 def signal_group(group: int, number: int) -> bool:
     """Signal a whole group; False when it has no member left. TERM is followed by CONT, to reach stopped processes."""
+    return _signal(os.killpg, group, number)
+
+
+def _signal(send: Callable[[int, int], None], target: int, number: int) -> bool:
     try:
-        os.killpg(group, number)
+        send(target, number)
         if number == signal.SIGTERM:
-            os.killpg(group, signal.SIGCONT)
+            send(target, signal.SIGCONT)
     except ProcessLookupError:
         return False
     except PermissionError:
@@ -398,76 +421,130 @@ class Attempt:
     pid        the shim's, and its group's number; None while an adopted shim has not written it yet
     is_child   spawned by this daemon, which reaps it; else its lock is looked at
     phase      "alive" (the lock is held), "sweeping" (the shim is gone, its group may have members), "over"
+    is_cut     its output has been cut back to the limit
     """
 
-    __slots__ = ("_delay_ms", "_marks", "exit", "files", "is_child", "is_term_sent", "number", "outcome", "phase", "pid",
-                 "since_ms")  # fmt: skip
+    __slots__ = ("_delay_ms", "_known_ms", "_marks", "_orphans", "_orphans_told", "exit", "files", "is_child", "is_cut",
+                 "is_term_sent", "number", "outcome", "phase", "pid", "since_ms")  # fmt: skip
 
     def __init__(
-        self, number: int, files: AttemptFiles, marks: Mapping[bytes, bytes], pid: int | None, since_ms: int, is_child: bool
-    ) -> None:
+        self, number: int, files: AttemptFiles, marks: Mapping[bytes, bytes], pid: int | None, since_ms: int, is_child: bool,
+        orphans: Orphans | None = None,
+    ) -> None:  # fmt: skip
         self.number = number
         self.files = files
         self.pid = pid
         self.since_ms = since_ms
         self.is_child = is_child
         self.phase = "alive"
+        self.is_cut = False
         self.is_term_sent = False
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
         self._marks = marks
+        self._orphans = orphans
+        self._orphans_told: frozenset[int] = frozenset()
         self._delay_ms = SWEEP_FIRST_MS
+        # When an adopted shim's group was last known to be its own.
+        self._known_ms: int | None = None
 
     def signal(self, number: int) -> bool:
-        """Signal the group of a living attempt; False when that could not be done (any more, or yet). An unreaped child,
-        or a lock that is held, proves that the group's number is its own. A TERM waits until the command has begun: before,
-        it would reach the shim alone. Raises OSError."""
-        if self.phase != "alive":
+        """Signal the group of a living attempt; False when that could not be done (any more, or yet). The number of an
+        unreaped child's group is its own; an adopted shim's is what a file says, and must be of a process that carries our
+        marks while the lock is held. A TERM waits until the command has begun: before, it would reach the shim alone. It
+        also reaches those that have left the group; their KILL comes when the shim is dead. Raises OSError."""
+        if self.phase != "alive" or not self._may_signal(number):
             return False
-        if not self.is_child or number == signal.SIGTERM:
-            status = probe(self.files)
-            if status.pid is None or not (status.held or self.is_child):
-                return False
-            self.pid = status.pid
-        return self.pid is not None and signal_group(self.pid, number)
+        if self.pid is None or not signal_group(self.pid, number):
+            return False
+        if number == signal.SIGTERM and self._orphans is not None:
+            self._orphans.look()
+            self._end_orphans(in_grace=True)
+        return True
+
+    def _may_signal(self, number: int) -> bool:
+        if self.is_child:
+            return number != signal.SIGTERM or probe(self.files).pid is not None
+        status = probe(self.files)
+        if status.pid is None or not status.held or not machine.carries(status.pid, self._marks):
+            return False
+        self.pid = status.pid
+        return True
 
     def reaped(self, exit: Exit) -> None:
         """Its shim, our child, is dead."""
         self.exit = exit
         self.phase = "sweeping"
 
-    def look(self, *, in_grace: bool) -> int | None:
-        """Has it ended? Kills what its dead shim has left behind, unless in_grace. Returns in how many ms to look again,
-        None when nothing of it is alive. Raises OSError."""
+    def look(self, now_ms: int, *, in_grace: bool) -> int | None:
+        """Has it ended? Kills what its dead shim has left behind, unless in_grace. now_ms: the monotonic clock. Returns in
+        how many ms to look again, None when nothing of it is found alive. Raises OSError."""
         if self.phase == "alive":
             status = probe(self.files)
             self.pid = status.pid or self.pid
             if status.held:
+                # As long as the lock is held the shim lives, and its number stays what its marks have shown it to be once.
+                if status.pid is not None and (self._known_ms is not None or machine.carries(status.pid, self._marks)):
+                    self._known_ms = now_ms
                 return ADOPTED_POLL_MS
             self.phase = "sweeping"
-        if self.pid is None or not group_exists(self.pid):
+            if self._orphans is not None:
+                # It may be a child of ours after all, of a run that was let go and taken over again.
+                self._orphans.look()
+        # A child's group is among the orphans, where those are found; its number is then surely its own.
+        is_listed = self.is_child and self._orphans is not None and self._orphans.are_kept
+        is_group_left = not is_listed and self._end_group(now_ms, in_grace=in_grace)
+        if not self._end_orphans(in_grace=in_grace) and not is_group_left:
             return None
+        delay_ms, self._delay_ms = self._delay_ms, min(self._delay_ms * 2, SWEEP_MAX_MS)
+        return delay_ms
+
+    def _end_group(self, now_ms: int, *, in_grace: bool) -> bool:
+        """Has the group of the dead shim a live member? Kills it, unless in_grace."""
+        if self.pid is None or not group_exists(self.pid):
+            return False
+        is_known = self.is_child or (self._known_ms is not None and now_ms - self._known_ms <= GROUP_STAYS_MS)
         if self.is_child and self._delay_ms < SWEEP_SCAN_FROM_MS:
             members = [self.pid]
         else:
-            members = machine.group_members(self.pid, None if self.is_child else self._marks)
+            members = machine.group_members(self.pid, None if is_known else self._marks)
         if not members:
-            return None
-        if not in_grace and self.is_child:
+            return False
+        if is_known:
+            self._known_ms = now_ms
+        if not in_grace and is_known:
             signal_group(self.pid, signal.SIGKILL)
         elif not in_grace:
             for pid in members:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        delay_ms, self._delay_ms = self._delay_ms, min(self._delay_ms * 2, SWEEP_MAX_MS)
-        return delay_ms
+                if machine.carries(pid, self._marks):
+                    _signal(os.kill, pid, signal.SIGKILL)
+        return True
+
+    def _end_orphans(self, *, in_grace: bool) -> bool:
+        """Is anything of it alive that is our child now? Kills that, or in its grace sends a TERM to each that has left the
+        group, once: the others had theirs."""
+        if self._orphans is None:
+            return False
+        found = self._orphans.of(self.pid, self._marks)
+        if found is None:
+            return True
+        members, others = found
+        are_left = bool(members)
+        if members and self.pid is not None and not in_grace:
+            signal_group(self.pid, signal.SIGKILL)
+        for pid in others:
+            number = signal.SIGKILL if not in_grace else 0 if pid in self._orphans_told else signal.SIGTERM
+            are_left = _signal(os.kill, pid, number) or are_left
+            if number == signal.SIGTERM:
+                self._orphans_told |= {pid}
+        return are_left
 
     def settle(self, *, is_ending: bool, rebooted: bool) -> None:
         """It is over: find out how. Raises OSError."""
         status = probe(self.files)
         if self.pid is not None and (not status.exists or status.error == "strange"):
             # Somebody took the file from under the shim, which had begun.
-            status = replace(status, pid=self.pid)
+            status = status._replace(pid=self.pid)
         self.outcome = outcome_of(status, is_ending=is_ending, rebooted=rebooted, exit=self.exit)
         self.phase = "over"
 

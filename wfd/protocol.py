@@ -24,8 +24,9 @@ nothing. Replies come in the order of the requests of one connection. Lines are 
 from __future__ import annotations
 
 import json
-from collections import namedtuple
 from collections.abc import Callable
+
+from wfd.values import Value
 
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
@@ -50,7 +51,8 @@ SHUTTING_DOWN = -32009
 
 
 class ProtocolError(Exception):
-    """An answer that is an error: `code` is one of the constants above."""
+    """An answer that is an error: `code` is one of the constants above. is_told: a notification is not answered even
+    when it cannot be carried out, but a line in which no request can be read is."""
 
     def __init__(self, code: int, message: str, data: object = None, request_id: object = None) -> None:
         super().__init__(message)
@@ -58,9 +60,10 @@ class ProtocolError(Exception):
         self.message = message
         self.data = data
         self.request_id = request_id
+        self.is_told = request_id is not None or code in (PARSE_ERROR, INVALID_REQUEST)
 
 
-class Request(namedtuple("Request", "id method params")):
+class Request(Value):
     """One request. id None: a notification, which gets no answer."""
 
     __slots__ = ()
@@ -177,7 +180,7 @@ def parse_message(line: bytes) -> dict[str, object]:
 
 def _parse(line: bytes) -> dict[str, object]:
     try:
-        record = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        record = _decode(line.decode("utf-8"))
     except (ValueError, RecursionError):
         raise ProtocolError(PARSE_ERROR, "the line is not JSON") from None
     if not isinstance(record, dict):
@@ -187,6 +190,10 @@ def _parse(line: bytes) -> dict[str, object]:
 
 def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
+
+
+# `json.loads` sets up a decoder for each call that names parse_constant.
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def _line(record: dict[str, object]) -> bytes:

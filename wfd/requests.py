@@ -80,7 +80,8 @@ def _is_bytes(text: str) -> bool:
 def load_environment(files: RunFiles, run_id: str) -> Environment:
     """A run's environment.json. Raises Damaged, OSError."""
     try:
-        with open(files.environment, "rb") as file:
+        with journal.open_plain(files.environment, run_id) as file:
+            journal.check_owner(run_id, "environment.json", os.fstat(file.fileno()))
             return parse_environment(json.loads(file.read()))
     except FileNotFoundError:
         raise Damaged(run_id, "its environment.json is missing") from None
@@ -123,7 +124,8 @@ def _submit(supervisor: Supervisor, connection: Connection, params: dict[str, ob
     except ValueError as error:
         raise ProtocolError(protocol.INVALID_PARAMS, str(error)) from None
     try:
-        workflow = definition.validate(params["definition"], base_dir)
+        # Popped, so that the parsed JSON, 1.5 KB a step, is gone before the log's line 1 is made.
+        workflow = definition.validate(params.pop("definition"), base_dir)
     except definition.DefinitionError as error:
         problems = [{"path": problem.path, "message": problem.message} for problem in error.problems]
         raise ProtocolError(protocol.INVALID_DEFINITION, str(error), {"problems": problems}) from None
@@ -162,7 +164,7 @@ def _find(supervisor: Supervisor, params: dict[str, object]) -> tuple[str, LiveR
         # Perhaps it is over in memory, but then its end is not durable yet.
         return run_id, live
     if run_id in supervisor.quarantined:
-        raise Damaged(run_id, supervisor.quarantined[run_id])
+        raise supervisor.quarantined[run_id].again()
     files = supervisor.home.run(run_id)
     if not is_run_id(run_id) or not os.path.lexists(files.directory):
         raise ProtocolError(protocol.NO_SUCH_RUN, f"there is no run {run_id}")
@@ -251,21 +253,31 @@ def _cancel(supervisor: Supervisor, connection: Connection, params: dict[str, ob
 
 def _retry(supervisor: Supervisor, connection: Connection, params: dict[str, object]) -> _Answer:
     run_id, live = _find(supervisor, params)
+    run = _fold_finished(supervisor.home.run(run_id), run_id) if live is None else live.run
     request = str(params["request"])
-    if live is None:
-        run = _fold_finished(supervisor.home.run(run_id), run_id)
-        if request in run.requests:
-            # A repetition whose first answer was lost, perhaps with the run's new end behind it.
-            return None, lambda: {"run_id": run_id, "state": run.state.value}
-        if supervisor.is_draining:
-            raise ProtocolError(protocol.SHUTTING_DOWN, "the daemon is shutting down and starts nothing more")
-        if run.state is RunState.SUCCEEDED:
-            raise ProtocolError(protocol.NOT_FINISHED, f"run {run_id} SUCCEEDED: there is nothing to try again")
-        journal.mark_live(supervisor.home, run_id)
-        live = supervisor.take_over(run_id, retry_request=request)
-    elif request not in live.run.requests:
-        raise ProtocolError(protocol.NOT_FINISHED, f"run {run_id} is not over: cancel it or wait for its end first")
+    is_repeated = request in run.requests
+    if is_repeated and live is None:
+        # Its first answer was lost; perhaps it has the run's new end behind it.
+        return None, lambda: {"run_id": run_id, "state": run.state.value}
+    if not is_repeated:
+        live = _tried_again(supervisor, run, live, request)
     return live, lambda: {"run_id": run_id, "state": _state_of(supervisor, run_id)}
+
+
+def _tried_again(supervisor: Supervisor, run: Run, live: LiveRun | None, request: str) -> LiveRun:
+    """Carry out a person's retry, if that is possible. Raises ProtocolError, Damaged, OSError."""
+    if live is not None and (not run.is_over or live.journal.has_pending):
+        raise ProtocolError(protocol.NOT_FINISHED, f"run {run.run_id} is not over: cancel it or wait for its end first")
+    if supervisor.is_draining:
+        raise ProtocolError(protocol.SHUTTING_DOWN, "the daemon is shutting down and starts nothing more")
+    if run.state is RunState.SUCCEEDED:
+        raise ProtocolError(protocol.NOT_FINISHED, f"run {run.run_id} SUCCEEDED: there is nothing to try again")
+    if live is None:
+        journal.mark_live(supervisor.home, run.run_id)
+        return supervisor.take_over(run.run_id, retry_request=request)
+    # A retry that failed before has left it with us.
+    supervisor.retry(live, request)
+    return live
 
 
 def _watch(supervisor: Supervisor, connection: Connection, params: dict[str, object]) -> _Answer:

@@ -7,11 +7,13 @@ Rules
   replies keep the order, and a thousand requests sent at once cost one answer's memory.
 * Nothing here blocks. A connection whose peer does not read is not read from either, once OUTBOX_LIMIT_BYTES wait for
   it, and it is closed when it takes nothing for STUCK_SEC: it slows nobody and its memory is bounded.
+* All peers together are bounded, too: beyond HELD_LIMIT_BYTES whoever holds most is let go of.
 * This file knows frames, not their meaning: it hands lines to the supervisor and sends what it is given.
 """
 
 from __future__ import annotations
 
+import operator
 import os
 import selectors
 import socket
@@ -20,10 +22,14 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from wfd.protocol import MAX_FRAME_BYTES, PARSE_ERROR, ProtocolError, error
+from wfd.protocol import MAX_FRAME_BYTES, PARSE_ERROR, STALLED, ProtocolError, error
 
 # Above this a connection is not read from and gets no more events until it has taken some.
 OUTBOX_LIMIT_BYTES = 1 << 20
+# What the daemon holds of all its peers, half requests and answers that nobody takes: a few of the largest requests at
+# once. Without it, a thousand peers would have 64 MiB each. From half of it on a watcher gets no more before it has taken
+# what it has, so that those who only read slowly are not let go of.
+HELD_LIMIT_BYTES = 4 * MAX_FRAME_BYTES
 # A peer that takes nothing for so long while something waits for it is dropped. A viewer reconnects where it was.
 STUCK_SEC = 60
 # A client needs one; a thousand watchers are a test, more are a mistake. Below the usual limit of 1,024 descriptors
@@ -42,6 +48,7 @@ class Connection:
         self.socket = sock
         self.inbox = bytearray()
         self.outbox = bytearray()
+        self.held = 0
         self.searched = 0
         self.progress_ms = 0
         self.mask = 0
@@ -64,10 +71,15 @@ class Server:
         self._listeners: list[socket.socket] = []
         self._resume_accept_ms: int | None = None
         self._with_output: dict[Connection, None] = {}
+        self._held = 0
         self.connections: dict[Connection, None] = {}
         self.on_line: Callable[[Connection, bytes], None] = lambda connection, line: None
         self.on_room: Callable[[Connection], None] = lambda connection: None
         self.on_close: Callable[[Connection], None] = lambda connection: None
+
+    @property
+    def is_crowded(self) -> bool:
+        return self._held > HELD_LIMIT_BYTES // 2
 
     def listen(self, listener: socket.socket) -> None:
         """Accept clients from this bound socket from now on."""
@@ -126,6 +138,7 @@ class Server:
         connection.socket.close()
         self.connections.pop(connection, None)
         self._with_output.pop(connection, None)
+        self._held -= connection.held
         self.on_close(connection)
 
     def close_when_sent(self, connection: Connection, last: bytes = b"") -> None:
@@ -199,7 +212,9 @@ class Server:
             if end < 0:
                 connection.searched = len(inbox)
                 break
-            line = bytes(inbox[:end])
+            with memoryview(inbox) as view:
+                # A slice of the bytearray itself would be a copy of its own: 64 MiB may be a lot.
+                line = bytes(view[:end])
             del inbox[: end + 1]
             connection.searched = 0
             connection.is_busy = True
@@ -236,8 +251,23 @@ class Server:
         if not outbox and not connection.is_closed:
             self.on_room(connection)
 
+    def _hold(self, connection: Connection) -> None:
+        """Count what is held of a peer, and let go of those that hold most when it is too much of all together."""
+        held = len(connection.inbox) + len(connection.outbox)
+        self._held += held - connection.held
+        connection.held = held
+        while self._held > HELD_LIMIT_BYTES:
+            largest = max(self.connections, key=operator.attrgetter("held"))
+            if largest.outbox:
+                self.close(largest)
+            else:
+                why = f"the daemon holds more than {HELD_LIMIT_BYTES} bytes of unfinished requests: try again later"
+                self.close_when_sent(largest, error(None, ProtocolError(STALLED, why)))
+
     def _watch(self, connection: Connection) -> None:
         """Tell the selector what this connection waits for."""
+        if not connection.is_closed:
+            self._hold(connection)
         if connection.is_closed:
             return
         reads = not (connection.is_full or connection.is_closing or connection.is_busy)

@@ -53,7 +53,8 @@ from wfd.events import (
     SupervisorStarted,
 )
 from wfd.journal import CommitFailed, Damaged, Journal
-from wfd.paths import Home, is_run_id
+from wfd.orphans import Orphans
+from wfd.paths import AttemptFiles, Home, is_run_id
 from wfd.process import Attempt, Launch, Outcome, SpawnStalled
 from wfd.protocol import ProtocolError, Request
 from wfd.server import Connection, Server
@@ -62,8 +63,11 @@ from wfd.watchers import Batch, Watchers
 
 # How long a stalled run waits before it tries again.
 RETRY_MS = 1_000
-# How often the size of live attempts' output is looked at.
-OUTPUT_CHECK_MS = 1_000
+# epoll and kqueue count a wait in 32 bits of milliseconds, and a back-off may last a year: wake up once a day.
+MAX_WAIT_MS = 86_400_000
+# How often the size of live attempts' output is looked at; and how soon after one was started or cut, since a command that
+# prints without end fills a disk at a gigabyte a second.
+OUTPUT_CHECK_MS, OUTPUT_SOON_MS = 1_000, 100
 # Given up when the disk is full, so that a cancel can still be written.
 RESERVE_BYTES = 1 << 20
 # Timers of what has ended meanwhile are thrown out when there are this many more than after the last time.
@@ -124,7 +128,7 @@ class Supervisor:
         self.server.on_room = self.watchers.wake
         self.server.on_close = self.watchers.drop
         self.live: dict[str, LiveRun] = {}
-        self.quarantined: dict[str, str] = {}
+        self.quarantined: dict[str, Damaged] = {}
         self.is_stopping = False
         self.is_draining = False
         self.now_ms, self.at = monotonic_ms(), wall()
@@ -134,6 +138,7 @@ class Supervisor:
         self._touched: dict[str, LiveRun] = {}
         self._offers: deque[LiveRun] = deque()
         self._children: dict[int, tuple[LiveRun, int, Attempt]] = {}
+        self._orphans = Orphans(self._children)
         # (due_ms, serial, what to call, its arguments: none, a run, or a run with a step's index and attempt)
         self._timers: list[tuple[int, int, Callable[..., None], tuple[object, ...]]] = []
         self._timers_kept = 0
@@ -143,6 +148,7 @@ class Supervisor:
         # Runs whose batch of this turn did not become durable.
         self._failed: dict[str, None] = {}
         self._is_checking_outputs = False
+        self._is_reserve_due = False
 
     # -- the turn -------------------------------------------------------------------------------------------------
 
@@ -173,7 +179,7 @@ class Supervisor:
         else:
             deadlines = [until_ms, self.server.deadline_ms(), self._timers[0][0] if self._timers else None]
             due_ms = min((ms for ms in deadlines if ms is not None), default=None)
-            timeout = None if due_ms is None else max(0, due_ms - monotonic_ms()) / 1000
+            timeout = None if due_ms is None else min(MAX_WAIT_MS, max(0, due_ms - monotonic_ms())) / 1000
         for key, mask in self._selector.select(timeout):
             key.data(key.fileobj, mask)
 
@@ -222,17 +228,18 @@ class Supervisor:
         try:
             call(live, *arguments)
         except Damaged as error:
-            self.quarantine(live.run.run_id, error.why)
+            self.quarantine(error)
         except OSError as error:
             self._stall(live, f"the system refuses: {error.strerror or error}")
         except Exception as error:
             # Whatever it is, the next daemon would meet it again: better one run stands still than all.
-            self.quarantine(live.run.run_id, f"the daemon's own check failed: {error!r}")
+            self.quarantine(Damaged(live.run.run_id, f"the daemon's own check failed: {error!r}"))
 
-    def quarantine(self, run_id: str, why: str) -> None:
+    def quarantine(self, why: Damaged) -> None:
         """Touch this run no more. Its live steps are left alone."""
-        log(f"run {run_id} is quarantined: {why}")
-        self.quarantined[run_id] = why
+        run_id = why.run_id
+        log(f"run {run_id} is quarantined: {why.why}")
+        self.quarantined[run_id] = why.again()
         live = self.live.pop(run_id, None)
         self._touched.pop(run_id, None)
         if live is not None:
@@ -280,6 +287,12 @@ class Supervisor:
             if not live.is_in_session:
                 self._begin_session(live)
             self.write_fact(live, RunCancelRequested(request))
+
+    def retry(self, live: LiveRun, request: str) -> None:
+        """Write a person's retry of a run that is over and not let go yet."""
+        live.retry_request = request
+        self._begin_session(live)
+        self._look_at_all(live)
 
     def _commit(self, live: LiveRun) -> None:
         if not live.journal.has_pending:
@@ -339,7 +352,6 @@ class Supervisor:
         """Its log could be written, or there was nothing to write."""
         if live.stalled is not None and not live.is_spawn_stalled and live.retry_at_ms is None:
             live.stalled = None
-            self.make_reserve()
 
     def _stall_spawn(self, live: LiveRun, record: StepRecord, why: str) -> None:
         live.is_spawn_stalled = True
@@ -360,10 +372,13 @@ class Supervisor:
 
     def make_reserve(self) -> None:
         """The file that is given up when the disk is full. It must really take its room, so it holds no holes; half of it
-        would take the room that others need."""
+        would take the room that others need. What cannot be made now is tried again later."""
         try:
             fd = os.open(self.home.reserve, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            return
         except OSError:
+            self._make_reserve_later()
             return
         try:
             with open(fd, "wb") as file:
@@ -371,6 +386,20 @@ class Supervisor:
         except OSError:
             with suppress(OSError):
                 os.unlink(self.home.reserve)
+            self._make_reserve_later()
+
+    def _make_reserve_later(self) -> None:
+        if not self._is_reserve_due:
+            self._is_reserve_due = True
+            self._at(self.now_ms + RETRY_MS, self._make_reserve_again)
+
+    def _make_reserve_again(self) -> None:
+        self._is_reserve_due = False
+        # Those whom it was given up for need its room until their end.
+        if any(live.run.is_stopping or live.stalled is not None for live in self.live.values()):
+            self._make_reserve_later()
+        else:
+            self.make_reserve()
 
     def give_up_reserve(self, error: OSError | CommitFailed) -> bool:
         """Make room for the end of a run, if the disk is full and there is any to make."""
@@ -380,6 +409,7 @@ class Supervisor:
             os.unlink(self.home.reserve)
         except OSError:
             return False
+        self._make_reserve_later()
         return True
 
     # -- runs come and go -----------------------------------------------------------------------------------------
@@ -396,7 +426,8 @@ class Supervisor:
                 journal.abandon(self.home, run_id)
 
     def _try_take_over(self, run_id: str) -> None:
-        if run_id in self.live:
+        # Since the last try somebody may have asked for it: then it is ours, or it is over again and has no marker.
+        if run_id in self.live or not os.path.lexists(f"{self.home.live}/{run_id}"):
             return
         with suppress(Damaged):
             try:
@@ -412,7 +443,7 @@ class Supervisor:
             environment = requests.load_environment(self.home.run(run_id), run_id)
             log_, run, torn_bytes, kept_as = journal.recover(self.home, run_id)
         except Damaged as error:
-            self.quarantine(run_id, error.why)
+            self.quarantine(error)
             raise
         live = LiveRun(run, log_, environment)
         live.torn_bytes, live.kept_as, live.retry_request = torn_bytes, kept_as, retry_request
@@ -425,7 +456,7 @@ class Supervisor:
         self._guard(live, self._begin_session)
         self._guard(live, self._look_at_all)
         if run_id in self.quarantined:
-            raise Damaged(run_id, self.quarantined[run_id])
+            raise self.quarantined[run_id].again()
         return live
 
     def create(self, submitted: RunSubmitted, environment: requests.Environment) -> None:
@@ -446,8 +477,7 @@ class Supervisor:
         """The run's end is durable: its marker may go, and it costs the daemon nothing more."""
         if not live.run.is_over or live.journal.has_pending:
             return
-        with suppress(OSError):
-            journal.unmark_live(self.home, live.run.run_id)
+        journal.unmark_live(self.home, live.run.run_id)
         del self.live[live.run.run_id]
         live.journal.close()
 
@@ -474,6 +504,8 @@ class Supervisor:
         """Share out the free slots, one step to each run in turn."""
         for live in self._touched.values():
             self._offer(live)
+        if not self._offers:
+            return
         running = self._running + sum(len(live.run.running) - live.slots for live in self._touched.values())
         while self._offers and running < self.max_parallel:
             live = self._offers.popleft()
@@ -518,7 +550,7 @@ class Supervisor:
         if attempt is None and ending_ms is None:
             self._launch(live, record)
         elif attempt is None:
-            never = self._attempt(live, record, None, is_child=True)
+            never = self._attempt(live, record, self._files(live, record), self._marks(live, record), None, is_child=True)
             never.outcome = Outcome("not_started", why="stopped", detail="it was ended before its command began")
             self._over(live, record, never)
         elif attempt.phase == "alive" and ending_ms is not None:
@@ -531,10 +563,11 @@ class Supervisor:
         if live.retry_at_ms is not None:
             return
         run, step = live.run, record.step
-        environ = live.environ | process.environment(step.env) | self._marks(live, record)
-        files = live.journal.files.attempt(record.index + 1, step.id, record.attempt)
+        files, marks = self._files(live, record), self._marks(live, record)
+        environ = live.environ | process.environment(step.env) | marks
         launch = Launch(files, step.command, step.cwd or run.workflow.cwd or run.cwd, live.umask, live.limits, environ)
         begun: int | Outcome | None = None
+        self._orphans.keep()
         try:
             begun = process.start(launch)
         except FileExistsError:
@@ -548,34 +581,44 @@ class Supervisor:
         if begun is None:
             return
         if isinstance(begun, Outcome):
-            failed = self._attempt(live, record, None, is_child=True)
+            failed = self._attempt(live, record, files, marks, None, is_child=True)
             failed.outcome = begun
             self._over(live, record, failed)
             return
-        attempt = self._attempt(live, record, begun, is_child=True)
+        attempt = self._attempt(live, record, files, marks, begun, is_child=True)
         self._children[begun] = (live, record.index, attempt)
         self._arm_attempt(live, record, attempt)
-        if not self._is_checking_outputs:
-            self._is_checking_outputs = True
-            self._at(self.now_ms + OUTPUT_CHECK_MS, self._check_outputs)
+        self._check_outputs_in(OUTPUT_SOON_MS)
 
     def _marks(self, live: LiveRun, record: StepRecord) -> dict[bytes, bytes]:
         return process.markers(live.run.workflow.workflow_id, live.run.run_id, record.step.id, record.attempt)
 
-    def _attempt(self, live: LiveRun, record: StepRecord, pid: int | None, *, is_child: bool) -> Attempt:
-        files = live.journal.files.attempt(record.index + 1, record.step.id, record.attempt)
+    def _files(self, live: LiveRun, record: StepRecord) -> AttemptFiles:
+        return live.journal.files.attempt(record.index + 1, record.step.id, record.attempt)
+
+    def _attempt(
+        self,
+        live: LiveRun,
+        record: StepRecord,
+        files: AttemptFiles,
+        marks: dict[bytes, bytes],
+        pid: int | None,
+        *,
+        is_child: bool,
+    ) -> Attempt:
         # A spawn may have waited long for a slot of the system: the timeout counts from when the command could begin.
         since_ms = self.now_ms if is_child else record.started_ms
-        attempt = Attempt(record.attempt, files, self._marks(live, record), pid, since_ms, is_child)
+        attempt = Attempt(record.attempt, files, marks, pid, since_ms, is_child, self._orphans)
         live.attempts[record.index] = attempt
         return attempt
 
     def _adopt(self, live: LiveRun, record: StepRecord) -> None:
         """Take over an attempt that an earlier daemon had started, by the table of process.py."""
-        files = live.journal.files.attempt(record.index + 1, record.step.id, record.attempt)
+        files = self._files(live, record)
         if os.path.lexists(files.status) or self._is_rebooted(live, record):
-            attempt = self._attempt(live, record, None, is_child=False)
+            attempt = self._attempt(live, record, files, self._marks(live, record), None, is_child=False)
             self._at(self.now_ms, self._look, live, record.index, attempt)
+            self._check_outputs_in(OUTPUT_SOON_MS)
 
     def _is_rebooted(self, live: LiveRun, record: StepRecord) -> bool:
         """Did the newest attempt start in another boot? The log says so from our session line on."""
@@ -620,21 +663,30 @@ class Supervisor:
     # -- the end of an attempt ------------------------------------------------------------------------------------
 
     def _reap(self) -> None:
-        can_peek = hasattr(os, "waitid")
-        while True:
-            pid = process.next_dead_child()
-            if pid is None and can_peek:
-                return
-            if pid is not None:
-                self._kill_survivors_of(pid)
-            exit_ = process.reap(pid if pid is not None else -1)
-            if exit_ is None:
-                return
+        """All dead children: shims, and the orphans that were handed to us."""
+        ended = []
+        has_reaped = False
+        while (exit_ := self._next_exit()) is not None:
+            has_reaped = True
             live, index, attempt = self._children.pop(exit_.pid, (None, -1, None))
             if live is not None and attempt is not None:
                 attempt.reaped(exit_)
-                if live.attempts.get(index) is attempt:
-                    self._guard(live, self._look, index, attempt)
+                ended.append((live, index, attempt))
+            else:
+                self._orphans.forget(exit_.pid)
+        if has_reaped:
+            self._orphans.look()
+        for live, index, attempt in ended:
+            if live.attempts.get(index) is attempt:
+                self._guard(live, self._look, index, attempt)
+
+    def _next_exit(self) -> process.Exit | None:
+        pid = process.next_dead_child()
+        if pid is None and hasattr(os, "waitid"):
+            return None
+        if pid is not None:
+            self._kill_survivors_of(pid)
+        return process.reap(pid if pid is not None else -1)
 
     def _kill_survivors_of(self, pid: int) -> None:
         """While the dead shim is a zombie, its group's number is its own."""
@@ -653,7 +705,7 @@ class Supervisor:
         record = live.run.steps[index]
         rebooted = self._is_rebooted(live, record)
         try:
-            again_ms = None if rebooted else attempt.look(in_grace=self._is_in_grace(live, record))
+            again_ms = None if rebooted else attempt.look(self.now_ms, in_grace=self._is_in_grace(live, record))
             if again_ms is None:
                 attempt.settle(is_ending=live.run.ending_since_ms(record) is not None, rebooted=rebooted)
                 self._over(live, record, attempt)
@@ -670,6 +722,7 @@ class Supervisor:
             self._stall_spawn(live, record, attempt.outcome.why)
             return
         attempt.phase = "over"
+        self._trim_output(live, record, attempt)
         live.ended[record.index] = None
         self._touched[live.run.run_id] = live
 
@@ -682,16 +735,27 @@ class Supervisor:
             assert record.state is RUNNING and record.attempt == attempt.number and attempt.outcome is not None
             self.write_fact(live, _fact_of(record, attempt.outcome))
 
+    def _check_outputs_in(self, delay_ms: int) -> None:
+        if not self._is_checking_outputs:
+            self._is_checking_outputs = True
+            self._at(self.now_ms + delay_ms, self._check_outputs)
+
     def _check_outputs(self) -> None:
         """Hold the outputs of live attempts to their limit."""
         self._is_checking_outputs = False
-        for live in self.live.values():
-            for index, attempt in live.attempts.items():
-                self._is_checking_outputs = True
-                if process.trim_output(attempt.files.out):
-                    log(f"run {live.run.run_id}, step {live.run.steps[index].step.id!r}: the output was cut")
-        if self._is_checking_outputs:
-            self._at(self.now_ms + OUTPUT_CHECK_MS, self._check_outputs)
+        attempts = [(live, index, attempt) for live in self.live.values() for index, attempt in live.attempts.items()]
+        cut = [self._trim_output(live, live.run.steps[index], attempt) for live, index, attempt in attempts]
+        if attempts:
+            self._check_outputs_in(OUTPUT_SOON_MS if any(cut) else OUTPUT_CHECK_MS)
+
+    def _trim_output(self, live: LiveRun, record: StepRecord, attempt: Attempt) -> bool:
+        if not process.trim_output(attempt.files.out):
+            return False
+        if not attempt.is_cut:
+            # Once: who prints without end is cut ten times a second.
+            attempt.is_cut = True
+            log(f"run {live.run.run_id}, step {record.step.id!r}: the output was cut")
+        return True
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -699,7 +763,7 @@ class Supervisor:
         try:
             self._requests.append((connection, protocol.parse_request(line)))
         except ProtocolError as problem:
-            self.server.answer(connection, protocol.error(problem.request_id, problem))
+            self.server.answer(connection, protocol.error(problem.request_id, problem) if problem.is_told else b"")
 
     def _serve(self, connection: Connection, request: Request) -> None:
         """Carry a request out in memory; its answer goes out when what it has changed is durable."""
@@ -726,7 +790,7 @@ class Supervisor:
         """Has the batch with what the client asked for become durable? Raises ProtocolError, Damaged."""
         run_id = live.run.run_id
         if run_id in self.quarantined:
-            raise Damaged(run_id, self.quarantined[run_id])
+            raise self.quarantined[run_id].again()
         if run_id in self._failed:
             why = f"run {run_id} is stalled, nothing was changed: {live.stalled}"
             raise ProtocolError(protocol.STALLED, why)
@@ -784,6 +848,12 @@ def wall() -> str:
 
 
 def log(text: str) -> None:
-    """A line in the daemon's own log (its stderr)."""
+    """A line in the daemon's own log (its stderr). Somebody may look at it on a terminal: what names and messages of
+    others could do there is shown as its escape sequence."""
     with suppress(OSError):
-        print(wall(), text, file=sys.stderr, flush=True)
+        print(wall(), printable(text), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with everything that is not printable as Python would write it."""
+    return text if text.isprintable() else ascii(text)[1:-1]

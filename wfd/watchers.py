@@ -1,10 +1,10 @@
 """Who watches which run, and how far each has come.
 
 A watcher's place is an offset in the log, so it can be anywhere: far behind, it reads its history from the file in pieces,
-in turn with everybody else; caught up, it gets each committed batch from memory, framed once for all. Only durable bytes
-are sent, and those of a turn only after the daemon has acted on them: what starts next shall not wait for the news. A
-watcher that does not read costs one outbox and a number; the server drops it in the end, and it comes back with the seq
-that it had reached.
+in turn with everybody else; caught up, it gets each committed batch from memory, framed once for all, unless that is longer
+than a piece (ten thousand steps that become READY at once are 3 MB of notifications). Only durable bytes are sent, and those
+of a turn only after the daemon has acted on them: what starts next shall not wait for the news. A watcher that does not
+read costs one outbox and a number; the server drops it in the end, and it comes back with the seq that it had reached.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Watchers:
         for connection in list(self._by_run.get(batch.run_id, ())):
             place = self._places[connection]
             place.end = batch.start + len(batch.data)
-            if place.offset == batch.start and not connection.is_full:
+            if place.offset == batch.start and len(batch.data) <= FEED_BYTES and self._has_room(connection):
                 place.offset = place.end
                 self._server.send(connection, batch.frames())
             else:
@@ -111,7 +111,7 @@ class Watchers:
         hungry, self._hungry = self._hungry, {}
         for connection in hungry:
             place = self._places.get(connection)
-            if place is None or connection.is_full or place.offset >= place.end:
+            if place is None or place.offset >= place.end or not self._has_room(connection):
                 continue
             data = self._read(place)
             if not data:
@@ -120,6 +120,9 @@ class Watchers:
             place.offset += len(data)
             self._server.send(connection, frames_of(place.run_id, data))
             self.wake(connection)
+
+    def _has_room(self, connection: Connection) -> bool:
+        return not (connection.is_full or (self._server.is_crowded and connection.outbox))
 
     def _read(self, place: _Place) -> bytes:
         files = self._home.run(place.run_id)
