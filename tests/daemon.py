@@ -10,6 +10,8 @@ Rules
   happens; where the system shows no environments, the groups named in the status files are looked at instead.
 * When the block ends well, `check` proves two things about all runs of the home: each log replays without difference,
   and nothing of a finished run is alive. A test that damages a run on purpose names it in `damaged`.
+* What needs no fresh daemon takes the one that the tests of its module share (`shared`): a start costs more than most of
+  what they do with it.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+import unittest
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from wfd import decide, journal, process, protocol
 from wfd.events import Line
@@ -86,6 +89,22 @@ def wait_until(condition: Callable[[], T], what: str, explain: Callable[[], str]
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {DEADLINE_SEC} s in vain for {what}\n{explain()}")
         time.sleep(_POLL_SEC)
+
+
+@contextmanager
+def deadline() -> Iterator[None]:
+    """End what would otherwise wait for ever."""
+
+    def end(number: int, frame: object) -> None:
+        raise AssertionError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(DEADLINE_SEC)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Client:
@@ -173,10 +192,14 @@ class Daemon:
     directory   where its steps run, unless the test says otherwise      home     the paths of its home
     process     the daemon's process, None while it is down              damaged  runs that `check` leaves out
     flags       of its command line                                      environ  what it is started with
-    program     what Python is told to run
+    program     what Python is told to run                           root     where that lies
+    wrapper     what runs that Python, and keeps its pid
     """
 
-    program: tuple[str, ...] = ("-m", "wfd")
+    # -S as wfctl starts it.
+    program: tuple[str, ...] = ("-S", "-m", "wfd")
+    wrapper: tuple[str, ...] = ()
+    root = ROOT
 
     def __init__(self, *flags: str, home: str = "home", environ: Mapping[str, str] | None = None) -> None:
         """home: its name below a fresh directory."""
@@ -198,7 +221,7 @@ class Daemon:
         self._client: Client | None = None
         self._others: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> Daemon:
+    def __enter__(self) -> Self:
         try:
             self.start()
         except BaseException:
@@ -228,11 +251,15 @@ class Daemon:
         """Start a daemon process for this home, and wait for nothing."""
         with open(self.stderr, "ab") as stderr:
             started = subprocess.Popen(
-                [sys.executable, *self.program, *self.flags, *flags],
-                cwd=ROOT, env=self.environ, pass_fds=pass_fds, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+                [*self.wrapper, *self.interpreter(), *self.program, *self.flags, *flags],
+                cwd=self.root, env=self.environ, pass_fds=pass_fds, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
             )  # fmt: skip
         self._others.append(started)
         return started
+
+    def interpreter(self) -> list[str]:
+        """What runs `program`."""
+        return [sys.executable]
 
     def _answers(self) -> bool:
         assert self.process is not None
@@ -333,7 +360,11 @@ class Daemon:
     def watch(self, run_id: str, from_seq: int = 1) -> Client:
         """A connection that gets the run's events from a seq on."""
         client = self.connect()
-        client.request("watch", run_id=run_id, from_seq=from_seq)
+        try:
+            client.request("watch", run_id=run_id, from_seq=from_seq)
+        except BaseException:
+            client.close()
+            raise
         return client
 
     # -- what is on disk ------------------------------------------------------------------------------------------
@@ -386,7 +417,7 @@ class Daemon:
             run = self.fold(run_id)
             return run if run.state in wanted else None
 
-        found = wait_until(is_there, f"run {run_id} to be {' or '.join(wanted)}", lambda: self._story(run_id))
+        found = wait_until(is_there, f"run {run_id} to be {' or '.join(wanted)}", lambda: self.story(run_id))
         assert found is not None
         return found
 
@@ -397,7 +428,7 @@ class Daemon:
             lines = [line for line in self.events(run_id) if line.event.name == name and _has(line.event, fields)]
             return lines[count - 1] if len(lines) >= count else None
 
-        line = wait_until(found, f"{name} {fields} of run {run_id}", lambda: self._story(run_id))
+        line = wait_until(found, f"{name} {fields} of run {run_id}", lambda: self.story(run_id))
         assert line is not None
         return line
 
@@ -411,7 +442,8 @@ class Daemon:
         text = wait_until(lambda: self.read(name).partition("\n")[1] and self.read(name), f"file {name}", self.explain)
         return text.partition("\n")[0]
 
-    def _story(self, run_id: str) -> str:
+    def story(self, run_id: str) -> str:
+        """For the message of a failed test: the run's log, and what the daemon said."""
         lines = "\n".join(f"{line.seq} {line.mono_ms} {decide.describe(line.event)}" for line in self.events(run_id))
         return f"{lines[-4000:]}\n{self.explain()}"
 
@@ -451,28 +483,33 @@ class Daemon:
 
     # -- the end --------------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Every log replays, and nothing of a finished run is alive. Raises AssertionError."""
+    def check(self, known: Container[str] = ()) -> None:
+        """Every log replays, and nothing of a finished run is alive. known: runs that were checked before.
+        Raises AssertionError."""
         for run_id in self.run_ids():
-            if run_id in self.damaged:
+            if run_id in self.damaged or run_id in known:
                 continue
             try:
                 run, difference = decide.replay(self.events(run_id))
             except Damaged as error:
                 raise AssertionError(f"{error}\n{self.explain()}") from None
-            assert difference is None, f"run {run_id} does not replay: {difference}\n{self._story(run_id)}"
+            assert difference is None, f"run {run_id} does not replay: {difference}\n{self.story(run_id)}"
             if run.is_over:
                 alive = self.processes(run_id)
-                assert not alive, f"run {run_id} is {run.state}, but {alive} of it live\n{self._story(run_id)}"
+                assert not alive, f"run {run_id} is {run.state}, but {alive} of it live\n{self.story(run_id)}"
 
     def clean(self) -> None:
         """End the daemon and everything that it has started, and remove the home."""
+        self.end_all()
+        shutil.rmtree(self.base)
+
+    def end_all(self) -> None:
+        """End the daemon and everything that it has started."""
         self.hang_up()
         for other in self._others:
             other.kill()
             other.wait(DEADLINE_SEC)
         wait_until(self._kill_all, "the end of everything that the test has started")
-        shutil.rmtree(self.base)
 
     def _kill_all(self) -> bool:
         pids = [pid for pid, _ in self._marked()] if _HAS_PROC else self.processes()
@@ -480,6 +517,36 @@ class Daemon:
             with suppress(ProcessLookupError):
                 (os.kill if _HAS_PROC else os.killpg)(pid, signal.SIGKILL)
         return not pids
+
+
+_shared: list[Daemon] = []
+
+
+@contextmanager
+def shared() -> Iterator[Daemon]:
+    """A running daemon that earlier tests of the module may have used. It has no live run, and a fresh `directory`. So it
+    must be when the block ends, and the runs of the block are checked as at the end of a daemon of its own. A test that
+    fails takes the daemon with it."""
+    if not _shared:
+        _shared.append(Daemon())
+        unittest.addModuleCleanup(_end_shared)
+    daemon = _shared[0]
+    try:
+        if daemon.process is None:
+            daemon.start()
+        known = daemon.run_ids()
+        daemon.directory = tempfile.mkdtemp(prefix="work-", dir=daemon.base)
+        yield daemon
+        wait_until(lambda: not os.listdir(daemon.home.live), "the end of all runs", daemon.explain)
+        daemon.check(known)
+    except BaseException:
+        _end_shared()
+        raise
+
+
+def _end_shared() -> None:
+    while _shared:
+        _shared.pop().clean()
 
 
 def _has(event: object, fields: Mapping[str, object]) -> bool:

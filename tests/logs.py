@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import os
 import random
+import stat
+import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from wfd import decide, definition, events
@@ -28,9 +31,13 @@ from wfd.events import (
     Line,
     LogRecovered,
     RunCancelRequested,
+    RunFinished,
     RunRetried,
     RunSubmitted,
     RunTimedOut,
+    StepCancelled,
+    StepReady,
+    StepSkipped,
     StepStarted,
     SupervisorStarted,
 )
@@ -237,12 +244,70 @@ def reboot(log: Log, chance: random.Random) -> None:
         log.write(session(f"boot-after-{run.seq}"))
 
 
+def check_promises(lines: Sequence[Line]) -> None:
+    """P4, P5 and P6, told from the lines alone, without state.py. Raises AssertionError."""
+    first = lines[0].event
+    assert isinstance(first, RunSubmitted)
+    depends_on = {step.id: set(step.depends_on) for step in first.workflow.steps}
+    state = dict.fromkeys(depends_on, "PENDING")
+    attempts = dict.fromkeys(depends_on, 0)
+    is_stopped = False
+    for line in lines[1:]:
+        event = line.event
+        if isinstance(event, StepStarted):
+            assert state[event.step] == "PENDING", f"line {line.seq}: one live attempt of a step at most"
+            assert event.attempt == attempts[event.step] + 1, f"line {line.seq}: attempts without gaps"
+            assert not is_stopped, f"line {line.seq}: nothing starts after a cancel or the run's timeout"
+            assert all(state[id] == "SUCCEEDED" for id in depends_on[event.step]), f"line {line.seq}: dependencies first"
+            state[event.step], attempts[event.step] = "RUNNING", event.attempt
+        elif isinstance(event, (RunCancelRequested, RunTimedOut)):
+            is_stopped = True
+        elif isinstance(event, RunRetried):
+            is_stopped = False
+            state = {id: now if now == "SUCCEEDED" else "PENDING" for id, now in state.items()}
+        elif isinstance(event, StepSkipped):
+            assert event.because in depends_on[event.step], f"line {line.seq}: skipped because of a dependency"
+            assert state[event.because] in ("FAILED", "SKIPPED"), f"line {line.seq}: skipped because of its end"
+            state[event.step] = "SKIPPED"
+        elif isinstance(event, StepCancelled):
+            assert is_stopped, f"line {line.seq}: cancelled by a cancel or the run's timeout"
+            state[event.step] = "CANCELLED"
+        elif isinstance(event, RunFinished):
+            assert not {"PENDING", "RUNNING"} & set(state.values()), f"line {line.seq}: all steps first"
+            blocked = {id for id in state if any(state[name] in ("FAILED", "SKIPPED") for name in depends_on[id])}
+            assert all(state[id] in ("SKIPPED", "CANCELLED") for id in blocked), f"line {line.seq}: skipped if blocked"
+        elif isinstance(event, Decision) and not isinstance(event, StepReady):
+            step = event.step  # type: ignore[attr-defined]
+            assert state[step] == "RUNNING", f"line {line.seq}: only what runs ends"
+            after = {"step_succeeded": "SUCCEEDED", "step_failed": "FAILED", "step_retried": "PENDING"}
+            state[step] = after[event.name]
+
+
 # -- lines and files ---------------------------------------------------------------------------------------------------
 
 
 def encode(lines: Iterable[Line], run_id: str = "r1") -> bytes:
     seed = events.seed(run_id)
     return b"".join(events.encode(line, seed) for line in lines)
+
+
+def resealed(raw: bytes, run_id: str = "r1") -> bytes:
+    """A changed line with its checksum made right again."""
+    body = raw[: -len(b'01234567"}\n')]
+    return body + b'%08x"}\n' % zlib.crc32(body, events.seed(run_id))
+
+
+def line_ends(data: bytes) -> list[int]:
+    """The offset behind each line."""
+    return [place + 1 for place, byte in enumerate(data) if byte == 0x0A]
+
+
+def cuts(data: bytes) -> list[int]:
+    """Where to cut a log behind line 1: at every end of a line and next to it, and in the middle of every line. For what is
+    too slow to be done at every byte; that a reader takes all cuts in a line alike, test_journal shows at every byte."""
+    ends = line_ends(data)
+    places = {end + by for end in ends for by in (-1, 0, 1)} | {(one + next) // 2 for one, next in pairwise(ends)}
+    return sorted(place for place in places if ends[0] <= place <= len(data))
 
 
 def renumbered(lines: Iterable[Line]) -> list[Line]:
@@ -260,7 +325,14 @@ def variants(decision: Decision, run: Run) -> Iterable[Decision]:
         if hasattr(decision, name):
             for value in values:
                 if value != getattr(decision, name):
-                    yield replace(decision, **{name: value})  # type: ignore[type-var]
+                    yield decision._replace(**{name: value})
+
+
+def contents(directory: str) -> dict[str, bytes | None]:
+    """All that is below a directory, plain files with their bytes."""
+    paths = sorted(Path(directory).rglob("*"))
+    plain = {path for path in paths if stat.S_ISREG(path.lstat().st_mode)}
+    return {str(path.relative_to(directory)): path.read_bytes() if path in plain else None for path in paths}
 
 
 def home(directory: str) -> Home:

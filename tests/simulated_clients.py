@@ -101,18 +101,25 @@ class SimulatedSelector:
             for arrival in arrivals:
                 if not arrival.has_eof:
                     self._welcome(arrival)
-            ready = [(key, mask & self._ready(socket)) for socket, (mask, key) in self._keys.items()]
-            ready = [(key, mask) for key, mask in ready if mask]
-            if ready or kernel.is_woken:
+            ready, has_news = self._ready()
+            # That somebody has hung up may be heard together with what comes next, instead of at once.
+            if has_news or kernel.is_woken or (ready and not (kernel.has_events and kernel.chance.hit(kernel.late_hang_up))):
                 kernel.is_woken = False
                 return ready
             if kernel.now_ms > kernel.give_up_ms or (limit_ms == NEVER and not kernel.has_events):
                 raise Broken("the daemon waits for something that will never come")
             if not kernel.happen(limit_ms):
-                return []
+                return ready
 
-    def _ready(self, socket: SimulatedSocket) -> int:
-        return (_READ if socket.inbound or socket.has_eof else 0) | (_WRITE if socket.room != 0 else 0)
+    def _ready(self) -> tuple[list[tuple[Any, int]], bool]:
+        """What is ready; and whether any of it is more than the end of a connection."""
+        ready, has_news = [], False
+        for socket, (mask, key) in self._keys.items():
+            mask &= (_READ if socket.inbound or socket.has_eof else 0) | (_WRITE if socket.room != 0 else 0)
+            if mask:
+                ready.append((key, mask))
+                has_news |= bool(socket.inbound) or mask != _READ
+        return ready, has_news
 
 
 def _request(method: str, params: dict[str, object]) -> bytes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +45,7 @@ class Plan:
     shim_dies_ms   from the spawn to a SIGKILL of the shim alone, or None
     on_term        of the command: "dies", "ignores", "zero" (exits 0 after a moment)
     survivor       None, or how a process that the command leaves in its group takes a TERM: "dies", "ignores"
+    escapee        the same of one that has left the group with setsid; or "unmarked": and has changed its environment
     error          None, "cwd" (the directory is not there), "fork" (the shim cannot), or an errno of the spawn
     """
 
@@ -54,12 +56,14 @@ class Plan:
     shim_dies_ms: int | None = None
     on_term: str = "dies"
     survivor: str | None = None
+    escapee: str | None = None
     error: str | int | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Process:
-    """A process. key: of its attempt, None for a stranger. parent: the daemon's incarnation, or 0 for init."""
+    """A process. key: of its attempt, None for a stranger. parent: the daemon's incarnation, or 0 for another process,
+    which is mother, or else init. term_from: the incarnation that has sent it a TERM."""
 
     pid: int
     group: int
@@ -67,8 +71,15 @@ class Process:
     role: str
     on_term: str = "dies"
     parent: int = 0
+    mother: Process | None = None
     is_zombie: bool = False
     status: int = 0
+    term_from: int = 0
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Has it left its group, and is no daemon told that it is there?"""
+        return self.role == "escapee" and not self.parent and self.mother is None
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +100,7 @@ class Attempt:
 
     @property
     def is_alive(self) -> bool:
-        return any(not process.is_zombie for process in self.processes)
+        return any(not (process.is_zombie or process.is_out_of_reach) for process in self.processes)
 
 
 class OpenFile:
@@ -128,7 +139,8 @@ class Kernel:
         self.is_crash_dirty = False
         self.is_dead = True
         self.is_woken = False
-        self.late_exit_notice = 0.0
+        self.is_subreaper = False
+        self.late_exit_notice = self.late_hang_up = 0.0
         self.fails_to_sync = 0
         self.has_no_descriptors = self.has_no_processes = False
         self.fds: dict[int, OpenFile] = {}
@@ -136,6 +148,9 @@ class Kernel:
         self.attempts: dict[Key, Attempt] = {}
         self.unspawnable: set[Key] = set()
         self.trace: list[str] | None = None
+        # Where in wfd's source the daemon has called, if that is asked for; and where it was killed last.
+        self.called_sites: set[str] | None = None
+        self.crash_site = ""
         self.plan_of: Callable[[Key], Plan] = lambda key: Plan()
         self.on_log: Callable[[str], None] = lambda text: None
         self.on_spawn: Callable[[Key], None] = lambda key: None
@@ -186,12 +201,16 @@ class Kernel:
 
     def enter(self, *what: object) -> None:
         """A call of the daemon begins: it may die, or the world may move on first."""
-        self.calls += 1
+        calls = self.calls = self.calls + 1
         if self.trace is not None and not self.is_dead:
             self.note(" ".join(_short(part) for part in what))
-        if self.is_dead or self.calls >= self.crash_at:
+        if self.called_sites is not None:
+            self.called_sites.add(_site(what[0]))
+        if calls >= self.crash_at or self.is_dead:
+            if not self.is_dead:
+                self.crash_site = _site(what[0])
             raise Crash
-        if self.calls >= self.nudge_at:
+        if calls >= self.nudge_at:
             self.nudge_at = self.calls + 1 + self.chance.below(self.nudge_every)
             self.nudge()
 
@@ -212,7 +231,7 @@ class Kernel:
 
     def start_daemon(self) -> None:
         self.incarnation += 1
-        self.is_dead = False
+        self.is_dead = self.is_subreaper = False
         self.fds = {}
         self.note(f"=== daemon {self.incarnation}, {self.boot_id}")
 
@@ -281,9 +300,16 @@ class Kernel:
         attempt.has_begun = True
         self.note(f"{_name(attempt.key)} begins as {shim.pid}")
         command = self._new_process(attempt.key, "command", shim.group, attempt.plan.on_term)
+        command.mother = shim
         attempt.processes.append(command)
         if attempt.plan.survivor is not None:
             attempt.processes.append(self._new_process(attempt.key, "survivor", shim.group, attempt.plan.survivor))
+        if attempt.plan.escapee == "unmarked":
+            self._new_process(None, "stranger", group=0).mother = command
+        elif attempt.plan.escapee is not None:
+            attempt.processes.append(self._new_process(attempt.key, "escapee", group=0, on_term=attempt.plan.escapee))
+        for left in attempt.processes[2:]:
+            left.mother = command
         if attempt.plan.run_ms is not None:
             self.after(attempt.plan.run_ms, lambda: self._end_command(attempt, command, attempt.plan.exit_code))
 
@@ -322,13 +348,24 @@ class Kernel:
         file = self._statuses.pop(process, None)
         if file is not None:
             file.close()
-        if process.role != "shim":
+        self._hand_over_orphans(process)
+        if process.parent == self.incarnation and not self.is_dead:
+            self._notify_of_exit()
+        elif process.role == "shim":
+            self._reap_by_init(process)
+        else:
             # Its parent, the shim or init, waits for it.
             self.forget(process)
-        elif process.parent == self.incarnation and not self.is_dead:
-            self._notify_of_exit()
-        else:
-            self._reap_by_init(process)
+
+    def _hand_over_orphans(self, dead: Process) -> None:
+        """To the daemon that is above them, if it wants them; else to init."""
+        if dead.key is None:
+            return
+        above = self.attempts[dead.key].processes[0].parent
+        is_wanted = self.is_subreaper and above == self.incarnation and not self.is_dead
+        for process in self.processes.values():
+            if process.mother is dead:
+                process.mother, process.parent = None, self.incarnation if is_wanted else 0
 
     def _notify_of_exit(self) -> None:
         def notice() -> None:
@@ -353,11 +390,11 @@ class Kernel:
             return
         del self.processes[process.pid]
         if process.role == "shim" and self.chance.hit(0.3):
-            self.after(PID_REUSE_MS + self.chance.below(1_500), lambda: self._reuse(process.pid))
+            self.after(PID_REUSE_MS + self.chance.below(1_500), partial(self._reuse, process.pid, self.boot))
 
-    def _reuse(self, pid: int) -> None:
+    def _reuse(self, pid: int, boot: int) -> None:
         """A stranger gets a number that an attempt had."""
-        if not any(process.group == pid or process.pid == pid for process in self.processes.values()):
+        if boot == self.boot and not any(process.group == pid or process.pid == pid for process in self.processes.values()):
             self.processes[pid] = Process(pid, pid, None, "stranger")
 
     def members(self, group: int) -> list[Process]:
@@ -371,6 +408,9 @@ class Kernel:
         for process in living:
             if process.key is None:
                 raise Broken(f"signal {number} was sent to the process {process.pid} of a stranger")
+            if number == signal.SIGTERM and process.term_from == self.incarnation:
+                raise Broken(f"a second TERM was sent to the {process.role} {process.pid}")
+            process.term_from = self.incarnation if number == signal.SIGTERM else process.term_from
         keys = {process.key: None for process in living if process.key is not None}
         for key in keys:
             attempt = self.attempts[key]
@@ -391,11 +431,19 @@ class Kernel:
                 # Its traps are set long before it begins; the engine does not send a TERM earlier.
                 if not attempt.has_begun:
                     self._die(process, signal.SIGTERM)
-            elif process.role == "survivor":
+            elif process.role in ("survivor", "escapee"):
                 if process.on_term == "dies":
                     self._die(process, signal.SIGTERM)
             elif process.on_term != "ignores":
                 self.after(3, partial(self._end_command, attempt, process, 0 if process.on_term == "zero" else 143))
+
+
+def _site(call: object) -> str:
+    """The place in wfd that makes this call."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and not frame.f_globals["__name__"].startswith("wfd."):
+        frame = frame.f_back
+    return f"{frame.f_globals['__name__']}:{frame.f_lineno} {call}"
 
 
 def _name(key: Key) -> str:

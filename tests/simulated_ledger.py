@@ -58,10 +58,17 @@ class Ledger:
         self.requests: list[str] = []
         self.steps: dict[str, StepNotes] = {}
         self.definition: dict[str, Any] = {}
+        # After each line: the state of the run, and of the step that the line is about.
+        self.trail: list[tuple[str, str]] = []
         self._seed = zlib.crc32(run_id.encode())
         self._promised = 0
         self._mono_ms = 0
         self._is_recovering = False
+
+    @property
+    def is_over(self) -> bool:
+        """Is the run?"""
+        return self.state in _OVER
 
     def extend(self, data: bytes) -> None:
         """The whole log as it is on the medium now."""
@@ -92,12 +99,13 @@ class Ledger:
         self.lines.append(raw)
         if self.kernel.trace is not None:
             self.kernel.note(f"durable {self.run_id} {_shown(record)}")
-        if self.state in _OVER and record["event"] not in ("run_retried", "log_recovered"):
+        if self.is_over and record["event"] not in ("run_retried", "log_recovered"):
             self._fail(seq, f"{record['event']} after the end")
         problem = getattr(self, "_on_" + record["event"])(record)
         if problem:
             self._fail(seq, f"{_shown(record)}: {problem}")
         self._check_clock(record)
+        self.trail.append((self.state, self.steps[record["step"]].state if "step" in record else ""))
 
     def _check_clock(self, record: dict[str, Any]) -> None:
         event, mono_ms = record["event"], record["mono_ms"]

@@ -9,14 +9,14 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from tests.simulated_disk import Directory, File
 from tests.simulated_kernel import Crash, Kernel, OpenFile, Process
-from wfd import journal, process, requests, supervisor
+from wfd import events, journal, machine, orphans, process, requests, supervisor
 
 HOME = "/home/wfd"
 _PID = 4_242
@@ -102,7 +102,8 @@ class SimulatedOs:
         kernel = self._kernel
         kernel.enter("write", fd, bytes(data))
         written = kernel.disk.append(self._file(fd), bytes(data))
-        kernel.crash_soon()
+        if kernel.fds[fd].path.endswith("/events.ndjson"):
+            kernel.crash_soon()
         if data and not written:
             raise _error(errno.ENOSPC)
         return written
@@ -155,8 +156,8 @@ class SimulatedOs:
 
     def _stat(self, node: File | Directory) -> Any:
         if isinstance(node, File):
-            return SimpleNamespace(st_mode=stat.S_IFREG | 0o600, st_size=len(node.data))
-        return SimpleNamespace(st_mode=stat.S_IFDIR | 0o700, st_size=4096)
+            return SimpleNamespace(st_mode=stat.S_IFREG | 0o600, st_size=len(node.data), st_uid=_UID)
+        return SimpleNamespace(st_mode=stat.S_IFDIR | 0o700, st_size=4096, st_uid=_UID)
 
     def mkdir(self, path: str, mode: int = 0o777) -> None:
         kernel = self._kernel
@@ -199,7 +200,7 @@ class SimulatedOs:
         setsigdef: Sequence[int] = (),
     ) -> int:
         kernel = self._kernel
-        key = (env[b"WFD_RUN_ID"].decode(), env[b"WFD_STEP_ID"].decode(), int(env[b"WFD_ATTEMPT"]))
+        key = _key_in(env)
         kernel.enter("spawn", *key)
         if kernel.has_no_processes:
             raise _error(errno.EAGAIN)
@@ -222,6 +223,9 @@ class SimulatedOs:
         if not members:
             raise ProcessLookupError(errno.ESRCH, "simulated ESRCH")
         kernel.signal(members, number)
+
+    def getpgid(self, pid: int) -> int:
+        return self._kernel.processes[pid].group
 
     def kill(self, pid: int, number: int) -> None:
         kernel = self._kernel
@@ -325,19 +329,47 @@ class _Writer:
         return len(data)
 
 
-class _Machine:
-    """machine.py, of which process.py asks one thing."""
+def _key_in(marks: Mapping[bytes, bytes]) -> tuple[str, str, int]:
+    """Whose marks they are: run, step and attempt, as the environment of a spawn names them."""
+    return marks[b"WFD_RUN_ID"].decode(), marks[b"WFD_STEP_ID"].decode(), int(marks[b"WFD_ATTEMPT"])
 
-    def __init__(self, kernel: Kernel) -> None:
+
+class _Machine:
+    """machine.py, as far as process.py and orphans.py ask it. What only looks is no place to crash at."""
+
+    as_variables = staticmethod(machine.as_variables)
+
+    def __init__(self, kernel: Kernel, is_linux: bool) -> None:
         self._kernel = kernel
+        self._is_linux = is_linux
 
     def group_members(self, group: int, marks: Mapping[bytes, bytes] | None = None) -> list[int]:
         self._kernel.enter("group_members", group)
-        living = [member for member in self._kernel.members(group) if not member.is_zombie]
-        if marks is not None:
-            key = (marks[b"WFD_RUN_ID"].decode(), marks[b"WFD_STEP_ID"].decode(), int(marks[b"WFD_ATTEMPT"]))
-            living = [member for member in living if member.key == key]
-        return [member.pid for member in living]
+        living = [member.pid for member in self._kernel.members(group) if not member.is_zombie]
+        return living if marks is None else [pid for pid in living if self.carries(pid, marks) is not False]
+
+    def carries(self, pid: int, marks: Mapping[bytes, bytes]) -> bool | None:
+        found = self.environment_of(pid)
+        return None if found is None else self.as_variables(marks) <= found
+
+    def environment_of(self, pid: int) -> frozenset[bytes] | None:
+        found = self._kernel.processes.get(pid)
+        if found is None or found.is_zombie:
+            return None
+        if found.key is None:
+            return frozenset((b"PATH=/bin",))
+        return self.as_variables(process.markers("w", *found.key))
+
+    def keep_orphans(self) -> int | None:
+        self._kernel.is_subreaper = self._is_linux
+        return 0 if self._is_linux else None
+
+    def count_children(self, listing: int) -> int:
+        return len(self.children(listing))
+
+    def children(self, listing: int) -> list[int]:
+        incarnation = self._kernel.incarnation
+        return [child.pid for child in self._kernel.processes.values() if child.parent == incarnation]
 
 
 class _Random:
@@ -346,6 +378,20 @@ class _Random:
 
     def randrange(self, limit: int) -> int:
         return self._kernel.chance.below(limit)
+
+
+def _remembering(decode: Callable[[bytes], events.Line]) -> Callable[[bytes], events.Line]:
+    """The same function of the same bytes, of which nothing is worked out twice: a history reads each of its lines a dozen
+    times. Lines are immutable. A fifth of the time."""
+    known: dict[bytes, events.Line] = {}
+
+    def remember(raw: bytes) -> events.Line:
+        line = known.get(raw)
+        if line is None:
+            line = known[raw] = decode(raw)
+        return line
+
+    return remember
 
 
 @contextmanager
@@ -361,11 +407,13 @@ def installed(kernel: Kernel, *, is_linux: bool = True) -> Iterator[SimulatedOs]
         return _Reader(face, fd, bytes(face._file(fd).data))
 
     system = SimpleNamespace(platform="linux")
-    fcntl = SimulatedFcntl(kernel)
+    fcntl, asked = SimulatedFcntl(kernel), _Machine(kernel, is_linux)
     faces: list[tuple[Any, dict[str, object]]] = [
+        (events, {"decode": _remembering(events.decode)}),
         (journal, {"os": face, "shutil": _Shutil(kernel), "open": open_file, "sys": system, "fcntl": fcntl}),
-        (process, {"os": face, "fcntl": fcntl, "open": open_file, "machine": _Machine(kernel), "sys": system}),
-        (requests, {"os": face, "open": open_file}),
+        (process, {"os": face, "fcntl": fcntl, "open": open_file, "machine": asked, "sys": system}),
+        (orphans, {"os": face, "machine": asked}),
+        (requests, {"os": face}),
         (supervisor, {
             "os": face, "open": open_file, "random": _Random(kernel), "monotonic_ms": kernel.monotonic_ms,
             "wall": kernel.wall, "log": lambda text: kernel.on_log(text), "RESERVE_BYTES": _RESERVE_BYTES,

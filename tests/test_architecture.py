@@ -18,24 +18,26 @@ ROOT = Path(__file__).parent.parent
 
 # Each room of wfd, and the rooms that it may import.
 ARROWS: dict[str, frozenset[str]] = {
-    "definition": frozenset(),
-    "protocol": frozenset(),
-    "paths": frozenset(),
+    "values": frozenset(),
+    "definition": frozenset({"values"}),
+    "protocol": frozenset({"values"}),
+    "paths": frozenset({"values"}),
     "machine": frozenset(),
-    "events": frozenset({"definition"}),
+    "events": frozenset({"definition", "values"}),
     "state": frozenset({"definition", "events"}),
-    "decide": frozenset({"definition", "events", "state"}),
+    "decide": frozenset({"definition", "events", "state", "values"}),
     "journal": frozenset({"events", "state", "paths"}),
-    "process": frozenset({"paths", "machine"}),
+    "orphans": frozenset({"machine"}),
+    "process": frozenset({"paths", "machine", "orphans"}),
     "server": frozenset({"protocol"}),
     "watchers": frozenset({"journal", "paths", "protocol", "server"}),
     "requests": frozenset({"definition", "events", "journal", "paths", "protocol", "server", "state"}),
 }
 # The two that may import all of wfd, and what the client may import of it: nothing that owns runs.
 ALL_KNOWING = frozenset({"supervisor", "__main__"})
-FOR_CLIENTS = frozenset({"definition", "events", "state", "decide", "protocol", "paths", "journal"})
+FOR_CLIENTS = frozenset({"values", "definition", "events", "state", "decide", "protocol", "paths", "journal"})
 
-PURE = ("definition", "events", "state", "decide", "protocol", "paths")
+PURE = ("values", "definition", "events", "state", "decide", "protocol", "paths")
 # Whoever imports one of these looks at the world, or changes it.
 WORLDLY = frozenset({
     "asyncio", "concurrent", "ctypes", "datetime", "fcntl", "glob", "importlib", "io", "logging", "mmap",

@@ -13,7 +13,7 @@ import unittest
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.daemon import Client, Daemon, step, wait_until
 from wfd import process, protocol
@@ -105,12 +105,14 @@ class Cancel(unittest.TestCase):
 
     def test_at_once(self) -> None:
         """A TERM that comes before the command must not get lost, or it would live until the KILL."""
-        daemon = self.daemon
+        daemon, runs = self.daemon, []
         for number in range(20):
             run_id = daemon.submit(step("a", HANGS, grace_sec=LONG_GRACE), step("b", HANGS, grace_sec=LONG_GRACE))
             if number % 2:
                 daemon.wait_for_event(run_id, "step_started")
             cancel(daemon, run_id)
+            runs.append(run_id)
+        for run_id in runs:
             self.assert_cancelled(daemon.wait_for(run_id))
 
     def test_a_stopped_step(self) -> None:
@@ -268,6 +270,14 @@ class DaemonKilledMeanwhile(unittest.TestCase):
             daemon.start()
             self.assert_timed_out(daemon, run_id)
 
+    def test_the_run_s_timeout_while_none_lives(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", HANGS, grace_sec=LONG_GRACE), timeout_sec=0.4)
+            wait_for_output(daemon, run_id, "a")
+            daemon.restart()
+            run = daemon.wait_for(run_id)
+            self.assertEqual((run.state, run.reason, run.steps[0].state), ("FAILED", "run_timeout", "CANCELLED"))
+
     def assert_timed_out(self, daemon: Daemon, run_id: str) -> None:
         record = daemon.wait_for(run_id).steps[0]
         self.assertEqual((record.state, record.reason, record.failures, record.losses), ("FAILED", "timeout", 1, 0))
@@ -275,24 +285,34 @@ class DaemonKilledMeanwhile(unittest.TestCase):
 
 
 class Timeout(unittest.TestCase):
-    """A timeout ends the whole tree and counts as a failed attempt."""
+    """A timeout ends the whole tree and counts as a failed attempt. All the runs wait at the same time."""
 
     daemon: Daemon
+    BACKOFF: ClassVar[dict[str, object]] = {"initial_sec": 0.05, "factor": 3, "max_sec": 0.2}
 
     @classmethod
     def setUpClass(cls) -> None:
         cls.daemon = cls.enterClassContext(Daemon())
+        cls.daemon.submit(
+            step("forks", FORKS, timeout_sec=0.2, grace_sec=NO_GRACE, retries=3, backoff=cls.BACKOFF),
+            step("cleans", CLEANS_UP, timeout_sec=1.2, grace_sec=LONG_GRACE),
+            step("jitter", "exit 1", retries=3, backoff={**cls.BACKOFF, "jitter": 1}),
+            step("after", "touch started", "forks"),
+            run_id="attempt",
+        )
+        cls.daemon.submit(
+            step("done", "true"),
+            step("ignores", IGNORES_TERM, grace_sec=NO_GRACE),
+            step("cleans", CLEANS_UP, grace_sec=LONG_GRACE),
+            step("waits", "exit 1", retries=1, backoff={"initial_sec": 300, "max_sec": 300}),
+            step("pending", "true", "cleans"),
+            run_id="run",
+            timeout_sec=1.5,
+        )
 
     def test_of_an_attempt(self) -> None:
         """With and without KILL. Tried again after the back-off, whose delays are the formula's."""
-        backoff = {"initial_sec": 0.05, "factor": 3, "max_sec": 0.2}
-        daemon = self.daemon
-        run_id = daemon.submit(
-            step("forks", FORKS, timeout_sec=0.2, grace_sec=NO_GRACE, retries=3, backoff=backoff),
-            step("cleans", CLEANS_UP, timeout_sec=1.2, grace_sec=LONG_GRACE),
-            step("jitter", "exit 1", retries=3, backoff={**backoff, "jitter": 1}),
-            step("after", "touch started", "forks"),
-        )
+        daemon, run_id = self.daemon, "attempt"
         run = daemon.wait_for(run_id)
         self.assertEqual([record.state for record in run.steps], ["FAILED", "FAILED", "FAILED", "SKIPPED"])
         self.assertEqual([record.reason for record in run.steps[:2]], ["timeout", "timeout"])
@@ -315,29 +335,13 @@ class Timeout(unittest.TestCase):
         return delays
 
     def test_of_the_run(self) -> None:
-        daemon = self.daemon
-        run_id = daemon.submit(
-            step("done", "true"),
-            step("ignores", IGNORES_TERM, grace_sec=NO_GRACE),
-            step("cleans", CLEANS_UP, grace_sec=LONG_GRACE),
-            step("waits", "exit 1", retries=1, backoff={"initial_sec": 300, "max_sec": 300}),
-            step("pending", "true", "cleans"),
-            timeout_sec=1.5,
-        )
+        daemon, run_id = self.daemon, "run"
         run = daemon.wait_for(run_id)
         self.assertEqual((run.state, run.reason), ("FAILED", "run_timeout"))
         self.assertEqual([record.state for record in run.steps], ["SUCCEEDED"] + ["CANCELLED"] * 4)
         self.assertEqual([record.reason for record in run.steps], [None] + ["run_timeout"] * 4)
         self.assertTrue(daemon.output(run_id, "cleans").endswith("cleaned\n"))
         self.assertEqual(cancel(daemon, run_id), "FAILED")
-
-    def test_of_the_run_while_no_daemon_lives(self) -> None:
-        daemon = self.daemon
-        run_id = daemon.submit(step("a", HANGS, grace_sec=LONG_GRACE), timeout_sec=0.4)
-        wait_for_output(daemon, run_id, "a")
-        daemon.restart()
-        run = daemon.wait_for(run_id)
-        self.assertEqual((run.state, run.reason, run.steps[0].state), ("FAILED", "run_timeout", "CANCELLED"))
 
     def test_a_cancel_in_the_grace_of_a_timeout_wins(self) -> None:
         daemon = self.daemon

@@ -1,6 +1,8 @@
-"""The command line as whole processes, against a real daemon: what it prints, where, and its exit codes.
+"""The command line against a real daemon: what it prints, where, and its exit codes.
 
-What needs no daemon and no terminal calls `cli.main` in this process, which is faster.
+Most of it calls `cli.main` in this process (`call`), which is twenty times as fast as a process of its own (`execute`,
+`popen`). Those are for what only they can show: streams, signals, terminals, a viewer that goes on meanwhile; and
+`Processes` starts every command once as one.
 """
 
 from __future__ import annotations
@@ -20,16 +22,25 @@ import sys
 import termios
 import threading
 import unittest
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 from tests import logs
 from tests.daemon import DEADLINE_SEC, ROOT, Daemon, step, wait_until
-from wfctl import cli
+from wfctl import cli, client
 from wfd import events
 
-PROGRAM = (sys.executable, os.path.join(ROOT, "workflow.py"))
+# -S: it needs nothing of this machine's site-packages, whose hooks may take longer than all the rest.
+PROGRAM = (sys.executable, "-S", os.path.join(ROOT, "workflow.py"))
+
+
+def setUpModule() -> None:
+    """A shell starts what it puts in the background with SIGINT ignored, and so would be all that we start."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        unittest.addModuleCleanup(signal.signal, signal.SIGINT, before)
 
 
 class Result:
@@ -46,6 +57,22 @@ class Result:
         return json.loads(self.out)
 
 
+@contextlib.contextmanager
+def in_time() -> Iterator[None]:
+    """Who waits here in vain is interrupted at last."""
+
+    def interrupt(*_: object) -> None:
+        raise AssertionError(f"it was not over after {DEADLINE_SEC} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(DEADLINE_SEC)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class Case(unittest.TestCase):
     """A home of its own; `self.daemon` is not started unless a test does it, but cleans up whatever is."""
 
@@ -53,6 +80,8 @@ class Case(unittest.TestCase):
 
     def setUp(self) -> None:
         self.daemon = Daemon()
+        # Those that `call` has started are our children.
+        self.addCleanup(client.reap_daemons)
         self.addCleanup(self.daemon.clean)
         self.environ: dict[str, str] = {**self.daemon.environ, "LC_ALL": "C.UTF-8"}
         # Buffered as at home, whatever this machine is set to.
@@ -72,7 +101,23 @@ class Case(unittest.TestCase):
         process.kill()
         process.communicate()
 
-    def call(self, *arguments: str, text: str = "", program: tuple[str, ...] = PROGRAM) -> Result:
+    def call(self, *arguments: str) -> Result:
+        """What a command line comes to, in this process."""
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+        with (
+            in_time(),
+            contextlib.chdir(self.daemon.directory),
+            mock.patch.dict(os.environ, self.environ, clear=True),
+            mock.patch.object(sys, "argv", [PROGRAM[-1]]),
+            contextlib.redirect_stdout(streams[0]),
+            contextlib.redirect_stderr(streams[1]),
+        ):
+            code = cli.main(arguments)
+        out, err = (stream.detach() for stream in streams)
+        return Result(code, out.getvalue(), err.getvalue())
+
+    def execute(self, *arguments: str, text: str = "", program: tuple[str, ...] = PROGRAM) -> Result:
+        """What it comes to as a process of its own."""
         process = self.popen(*arguments, program=program, stdin=subprocess.PIPE)
         out, err = process.communicate(text.encode(), DEADLINE_SEC)
         return Result(process.returncode, out, err)
@@ -100,6 +145,35 @@ class Case(unittest.TestCase):
             return False
 
         wait_until(write, f"a step that reads {name}")
+
+    def on_terminal(self, *arguments: str, until: bytes = b"", keys: bytes = b"", rows: int = 24) -> tuple[int, str]:
+        """A command whose whole terminal is a new one: its exit code, and what was shown."""
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 80, 0, 0))
+        self.environ["TERM"] = "xterm"
+
+        def own_the_terminal() -> None:
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        # So that Ctrl-C reaches all that would be reached in a shell.
+        process = self.popen(*arguments, stdin=slave, stdout=slave, stderr=slave, preexec_fn=own_the_terminal)
+        os.close(slave)
+        shown = b""
+        while True:
+            ready, _, _ = select.select([master], [], [], DEADLINE_SEC)
+            self.assertTrue(ready, f"nothing more came after {shown!r}")
+            try:
+                data = os.read(master, 65536)
+            except OSError:
+                data = b""
+            if not data:
+                return process.wait(DEADLINE_SEC), shown.decode()
+            shown += data
+            if keys and until in shown:
+                os.write(master, keys)
+                keys = b""
 
 
 class Usage(unittest.TestCase):
@@ -282,7 +356,7 @@ class Usage(unittest.TestCase):
 class Run(Case):
     def test_attached(self) -> None:
         self.write(step("a", "true"), step("b", "echo out; echo err >&2; exit 3", "a"), step("c", "true", "b"))
-        result = self.call("run", "w.json")
+        result = self.execute("run", "w.json")
         self.assertEqual(result.code, 1)
         lines = result.out.splitlines()
         self.assertRegex(lines[0], r"^run_id: \d{8}-\d{6}-[a-z0-9]{4}$")
@@ -315,18 +389,18 @@ class Run(Case):
 
     def test_json_is_the_log(self) -> None:
         self.write(step("a", "echo '\u2192 \\033[1m'; exit 2", retries=1, backoff={"initial_sec": 0.01}), step("ü", "true"))
-        result = self.call("run", "--json", "--run-id", "r1", "w.json")
+        result = self.execute("run", "--json", "--run-id", "r1", "w.json")
         self.assertEqual((result.code, result.err), (1, ""))
         with open(self.daemon.home.run("r1").events, "rb") as file:
             self.assertEqual(result.raw, file.read())
 
     def test_stdin_and_max_parallel(self) -> None:
         document = {"workflow_id": "w", "steps": [step("a", "pwd > where", cwd="."), step("b", "true")]}
-        result = self.call("run", "-q", "--max-parallel", "1", "--run-id", "r1", "-", text=json.dumps(document))
+        result = self.execute("run", "-q", "--max-parallel", "1", "--run-id", "r1", "-", text=json.dumps(document))
         self.assertEqual((result.code, result.err), (0, ""))
         self.assertEqual(self.daemon.read("where").strip(), os.path.realpath(self.daemon.directory))
         self.assertEqual(self.daemon.fold("r1").workflow.max_parallel, 1)
-        result = self.call("run", "-", text="{")
+        result = self.execute("run", "-", text="{")
         self.assertEqual(result.code, 2)
         self.assertRegex(result.err, r"^stdin: \$: is not JSON")
 
@@ -358,7 +432,7 @@ class Run(Case):
         self.write(step("a", 'printf \'%s\\n\' "$GREETING" "$(umask)" "$(ulimit -n)" "$(pwd)" > seen'))
         self.environ["GREETING"] = "hello  world"
         line = 'umask 027; ulimit -S -n 77; exec "$@"'
-        result = self.call("run", "-q", "w.json", program=("/bin/sh", "-c", line, "sh", *PROGRAM))
+        result = self.execute("run", "-q", "w.json", program=("/bin/sh", "-c", line, "sh", *PROGRAM))
         self.assertEqual((result.code, result.err), (0, ""))
         umask, *rest = self.daemon.read("seen").splitlines()[1:]
         self.assertEqual(self.daemon.read("seen").splitlines()[0], "hello  world")
@@ -368,10 +442,36 @@ class Run(Case):
     def test_one_program_under_three_names(self) -> None:
         self.write(step("a", "true"))
         self.environ["PYTHONPATH"] = ROOT
-        for program in (PROGRAM, (sys.executable, "-m", "wfctl"), (sys.executable, "-m", "workflow")):
+        for program in ((PROGRAM[-1],), ("-m", "wfctl"), ("-m", "workflow")):
             with self.subTest(program=program):
-                self.assertEqual(self.call("run", "-q", "w.json", program=program).code, 0)
-                self.assertEqual(self.call("nope", program=program).code, 2)
+                self.assertEqual(self.execute("run", "-q", "w.json", program=(sys.executable, *program)).code, 0)
+                self.assertEqual(self.execute("nope", program=(sys.executable, *program)).code, 2)
+
+
+class Processes(Case):
+    def test_every_command(self) -> None:
+        """As a process of its own, which imports itself what it needs; and to the same effect as in this one."""
+        self.write(step("a", "echo one"))
+        orders: tuple[tuple[str, ...], ...] = (
+            ("daemon", "start"), ("run", "--run-id", "r1", "w.json"), ("cancel", "r1"), ("retry", "r1"),
+        )  # fmt: skip
+        questions: tuple[tuple[str, ...], ...] = (
+            ("validate", "w.json"), ("status", "r1", "--json"), ("list", "--json"), ("logs", "r1"), ("wait", "r1"),
+            ("watch", "r1"), ("replay", "r1"),
+        )  # fmt: skip
+        self.assertEqual({arguments[0] for arguments in (*orders, *questions)}, set(cli.COMMANDS))
+        for arguments in orders:
+            result = self.execute(*arguments)
+            # A run that has succeeded is not tried again.
+            self.assertEqual((arguments, result.code), (arguments, 2 if arguments[0] == "retry" else 0))
+        for is_running in (True, False):
+            for arguments in questions:
+                with self.subTest(arguments=arguments, is_running=is_running):
+                    asked, called = self.execute(*arguments), self.call(*arguments)
+                    self.assertEqual((asked.code, asked.err), (0, ""))
+                    self.assertEqual((called.code, called.out, called.err), (0, asked.out, ""))
+            self.assertEqual(self.execute("daemon", "status").code, 0 if is_running else 4)
+            self.assertEqual(self.execute("daemon", "stop").code, 0)
 
 
 class Leaving(Case):
@@ -423,6 +523,11 @@ class Leaving(Case):
             process = self.popen("--help", stdout=full)
             _, err = process.communicate(timeout=DEADLINE_SEC)
         self.assertEqual((process.returncode, err), (74, b"stdout cannot be written: No space left on device\n"))
+        for unbuffered in ("", "1"):
+            with self.subTest(unbuffered=unbuffered), open("/dev/full", "wb") as full:
+                environ = {**self.daemon.environ, "PYTHONUNBUFFERED": unbuffered}
+                command = [sys.executable, f"{ROOT}/workflow.py", "list", "--json"]
+                self.assertEqual(subprocess.run(command, env=environ, stdout=full, stderr=subprocess.PIPE).returncode, 74)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full here")
     def test_what_cannot_be_said_changes_no_exit_code(self) -> None:
@@ -440,14 +545,14 @@ class Leaving(Case):
         for redirection, arguments, code in cases:
             with self.subTest(redirection=redirection, arguments=arguments):
                 program = ("/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *PROGRAM)
-                result = self.call(*arguments, program=program)
+                result = self.execute(*arguments, program=program)
                 self.assertEqual(result.code, code, result.err)
                 self.assertNotIn("Traceback", result.err)
 
     def test_no_stdio_at_all(self) -> None:
         self.write(step("a", "exit 1"))
         line = 'exec "$@" <&- >&- 2>&-'
-        self.assertEqual(self.call("run", "w.json", program=("/bin/sh", "-c", line, "sh", *PROGRAM)).code, 1)
+        self.assertEqual(self.execute("run", "w.json", program=("/bin/sh", "-c", line, "sh", *PROGRAM)).code, 1)
         self.daemon.check()
 
 
@@ -767,18 +872,22 @@ class DaemonDies(Case):
         self.daemon.check()
 
     def test_an_attached_run_starts_a_daemon_again(self) -> None:
-        """And so does `cancel --wait`: what they wait for would never come."""
-        self.write(step("a", self.gate()), step("b", "true", "a"))
-        for number, flags in enumerate(((), ("-q",), ("--json",))):
+        """What it waits for would never come. Each in a home of its own, so that none does it for the others."""
+        orphans = []
+        for flags in ((), ("-q",), ("--json",)):
+            self.setUp()
+            self.write(step("a", self.gate()), step("b", "true", "a"))
+            viewer = self.popen("run", *flags, "--run-id", "r1", "w.json")
+            wait_until(lambda: os.path.exists(self.daemon.home.run("r1").events), "the run")
+            self.daemon.wait_for_event("r1", "step_started")
+            os.kill(self.call("daemon", "status", "--json").json["pid"], signal.SIGKILL)
+            self.open_gate()
+            orphans.append((flags, viewer, self.daemon))
+        for flags, viewer, daemon in orphans:
             with self.subTest(flags=flags):
-                viewer = self.popen("run", *flags, "--run-id", f"r{number}", "w.json")
-                wait_until(lambda: os.path.exists(self.daemon.home.run(f"r{number}").events), "the run")  # noqa: B023
-                self.daemon.wait_for_event(f"r{number}", "step_started")
-                os.kill(self.call("daemon", "status", "--json").json["pid"], signal.SIGKILL)
-                self.open_gate()
                 viewer.communicate(timeout=DEADLINE_SEC)
                 self.assertEqual(viewer.returncode, 0)
-        self.daemon.check()
+                daemon.check()
 
     def test_a_stopped_daemon(self) -> None:
         """Questions fall back to the log, and say so; nobody waits for a minute."""
@@ -788,6 +897,7 @@ class DaemonDies(Case):
         pid = self.call("daemon", "status", "--json").json["pid"]
         os.kill(pid, signal.SIGSTOP)
         self.addCleanup(os.kill, pid, signal.SIGCONT)
+        self.enterContext(mock.patch.object(client, "QUESTION_DEADLINE_SEC", 0.1))
         silent = f"the daemon (pid {pid}) does not answer: is it stopped?"
         for arguments, code, source in ((("status", "r1"), 0, "the log"), (("list",), 0, "the logs")):
             with self.subTest(arguments=arguments):
@@ -797,8 +907,8 @@ class DaemonDies(Case):
                 )
         result = self.call("daemon", "status")
         self.assertEqual((result.code, result.out, result.err), (4, "", f"{silent}\n"))
-        result = self.call("wait", "r1", "--timeout", "0.5")
-        self.assertEqual((result.code, result.err.splitlines()[-1]), (124, "run r1 is not over after 0.5 seconds"))
+        result = self.call("wait", "r1", "--timeout", "0.2")
+        self.assertEqual((result.code, result.err.splitlines()[-1]), (124, "run r1 is not over after 0.2 seconds"))
         os.kill(pid, signal.SIGCONT)
         self.open_gate()
         self.daemon.wait_for("r1", "SUCCEEDED")
@@ -806,34 +916,6 @@ class DaemonDies(Case):
 
 class Terminal(Case):
     """What a terminal is sent."""
-
-    def on_terminal(self, *arguments: str, until: bytes = b"", keys: bytes = b"", rows: int = 24) -> tuple[int, str]:
-        master, slave = pty.openpty()
-        self.addCleanup(os.close, master)
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 80, 0, 0))
-        self.environ["TERM"] = "xterm"
-
-        def own_the_terminal() -> None:
-            os.setsid()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-        # So that Ctrl-C reaches all that would be reached in a shell.
-        process = self.popen(*arguments, stdin=slave, stdout=slave, stderr=slave, preexec_fn=own_the_terminal)
-        os.close(slave)
-        shown = b""
-        while True:
-            ready, _, _ = select.select([master], [], [], DEADLINE_SEC)
-            self.assertTrue(ready, f"nothing more came after {shown!r}")
-            try:
-                data = os.read(master, 65536)
-            except OSError:
-                data = b""
-            if not data:
-                return process.wait(DEADLINE_SEC), shown.decode()
-            shown += data
-            if keys and until in shown:
-                os.write(master, keys)
-                keys = b""
 
     def test_a_picture_that_stays(self) -> None:
         self.write(step("a", "sleep 0.2"), step("b", "echo oops; exit 2", "a"), step("c", "true", "b"))

@@ -28,7 +28,7 @@ from unittest import mock
 import workflow as library
 from tests import logs
 from tests.daemon import MARK, Daemon, step, wait_until
-from wfctl import api, client, history
+from wfctl import api, client, history, render
 from wfctl.errors import (
     DaemonUnavailable,
     InvalidRequest,
@@ -210,7 +210,7 @@ class Finding(InAHome):
             "import os, socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); os.setuid(65534); s.listen();"
             "print('ready', flush=True); c, _ = s.accept(); print(c.recv(100), flush=True)"
         )
-        with subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE) as stranger:
+        with subprocess.Popen([sys.executable, "-ISc", program, path], stdout=subprocess.PIPE) as stranger:
             assert stranger.stdout is not None
             self.assertEqual(stranger.stdout.readline(), b"ready\n")
             self.write_lock(json.dumps({"socket": path}))
@@ -315,7 +315,7 @@ class Talking(InAHome):
         root = os.path.dirname(os.path.dirname(os.path.abspath(client.__file__)))
         for encoding in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
             out = subprocess.run(
-                [sys.executable, "-c", program, root, directory + b"/w.json"], cwd=directory, check=True,
+                [sys.executable, "-S", "-c", program, root, directory + b"/w.json"], cwd=directory, check=True,
                 capture_output=True, env={**os.environ, **encoding},
             ).stdout.decode().partition(" ")[2]  # fmt: skip
             expected = os.path.realpath(self.base) + "/\xe4\udcff"
@@ -718,8 +718,8 @@ class Starting(unittest.TestCase):
             client.greet(Home(f"{self.daemon.base}/file/home"))
 
     @unittest.skipUnless(os.path.exists("/proc/self/environ"), "needs /proc to see another process's environment")
-    def test_what_a_service_manager_said_to_us_is_not_said_to_it(self) -> None:
-        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID")
+    def test_what_a_service_manager_or_a_step_is_told_is_not_said_to_it(self) -> None:
+        names = client._NOT_INHERITED
         with mock.patch.dict(os.environ, dict.fromkeys(names, "1")):
             pid = client.greet(self.daemon.home)["pid"]
         with open(f"/proc/{pid}/environ", "rb") as file:
@@ -858,10 +858,10 @@ class Logs(InAHome):
         self.assertEqual(client.status(self.home, "r1"), {**log.run.describe(), "source": "log", "stalled": None})
 
     def test_every_cut_has_a_status_and_a_replay(self) -> None:
-        """P7: cut at every byte behind line 1."""
+        """P7: cut anywhere behind line 1."""
         log = logs.complete(logs.workflow(logs.step("a"), logs.step("b", "a", retries=1)), {"b": [1]})
         files = logs.save(self.home, log.data)
-        for end in range(log.data.index(b"\n") + 1, len(log.data) + 1):
+        for end in logs.cuts(log.data):
             with open(files.events, "wb") as file:
                 file.write(log.data[:end])
             lines = log.data[:end].count(b"\n")
@@ -937,6 +937,32 @@ class Logs(InAHome):
             assert row is not None
             with self.subTest(data=data):
                 self.assertEqual((row["run_id"], row["state"], bool(row["why"])), ("r1", "DAMAGED", True))
+
+    def test_a_row_of_a_later_version(self) -> None:
+        """Whatever its last line is: a finished run is listed by its first and last line alone."""
+        log = logs.complete(logs.diamond())
+        first, *rest = log.data.splitlines(keepends=True)
+        newer = logs.resealed(first.replace(b'"format":1', b'"format":2'))
+        odd = logs.resealed(rest[-1].replace(b'"reason":""', b'"reason":"","mood":"new"'))
+        for last in (rest[-1], odd):
+            shutil.rmtree(self.home.run("r1").directory, ignore_errors=True)
+            logs.save(self.home, b"".join([newer, *rest[:-1], last]))
+            row = history.summary(self.home, "r1")
+            assert row is not None
+            self.assertEqual(row["state"], "NEWER")
+            self.assertIn("was written by a newer wfd (format 2; this one reads up to 1)", str(row["why"]))
+
+    def test_a_row_whose_first_line_was_altered(self) -> None:
+        """The end of a run proves nothing about its beginning, which a row tells too."""
+        log = logs.complete(logs.diamond())
+        deep = b"[" * 100_000 + log.data[log.data.index(b"\n") :]
+        for data in (log.data.replace(b'"at":"2', b'"at":"x', 1), log.data.replace(b'"w"', b'"v"', 1), deep):
+            shutil.rmtree(self.home.run("r1").directory, ignore_errors=True)
+            logs.save(self.home, data)
+            row = history.summary(self.home, "r1")
+            assert row is not None
+            self.assertEqual(row["state"], "DAMAGED")
+            self.assertTrue(render.list_text([row], 0.0, False))
 
     def test_rows_of_a_list(self) -> None:
         logs.save(self.home, logs.complete(logs.diamond(), run_id="won").data, "won")

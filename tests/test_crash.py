@@ -7,7 +7,6 @@ to go on, never for time. Each block of a Daemon ends with a replay of all its l
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -15,12 +14,14 @@ import sys
 import unittest
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
-from tests import logs
+from tests import counted, kills, logs
 from tests.daemon import Daemon, Refused, step, wait_until
+from tests.test_orphans import ARE_FOUND
+from tests.torn import CutLog, CutStatus, read_log, remove_attempts, status_of, wait_until_let_go, write_log
 from wfd import decide, journal, process, protocol, requests
-from wfd.events import LogRecovered, StepStarted, SupervisorStarted
+from wfd.events import StepStarted, SupervisorStarted
 from wfd.journal import Damaged
 from wfd.paths import RunFiles
 
@@ -125,35 +126,7 @@ class DaemonKilled(unittest.TestCase):
             self.assertEqual(ran(daemon, "a"), 2, "once before the cut, once after it")
 
     def test_killed_at_random_under_load(self) -> None:
-        """No step is ever killed here, so each must run exactly once, however many daemons die meanwhile."""
-        chance = random.Random(20261123)
-        names = [f"s{number}" for number in range(70)]
-        steps = []
-        for number, name in enumerate(names):
-            known = names[max(0, number - 8) : number]
-            steps.append(step(name, COUNT + "sleep 0.02", *chance.sample(known, min(2, len(known)))))
-        with Daemon() as daemon:
-            runs = [daemon.submit(*steps[:20], max_parallel=4), daemon.submit(*steps, max_parallel=4)]
-            kills = 0
-            while kills < 15 and daemon.fold(runs[1]).unfinished > 3:
-                self.wait_for_progress(daemon, runs[1], chance.randint(1, 20))
-                daemon.restart()
-                kills += 1
-            self.assertGreater(kills, 2)
-            for run_id in runs:
-                self.assertEqual(daemon.wait_for(run_id).state, "SUCCEEDED")
-            both = set(names[:20])
-            self.assertEqual({name: ran(daemon, name) for name in names}, {name: 1 + (name in both) for name in names})
-
-    def wait_for_progress(self, daemon: Daemon, run_id: str, lines: int) -> None:
-        """Until the log has grown by so many lines, or the run is over."""
-        wanted = daemon.fold(run_id).seq + lines
-
-        def is_there() -> bool:
-            run = daemon.fold(run_id)
-            return run.seq >= wanted or run.is_over
-
-        wait_until(is_there, "progress", daemon.explain)
+        kills.under_load(15, 20261123)
 
 
 class ProcessesKilled(unittest.TestCase):
@@ -195,25 +168,39 @@ class ProcessesKilled(unittest.TestCase):
             self.assertEqual(ran(daemon, "a"), 4)
             self.assertEqual(run.steps[1].state, "SKIPPED")
 
-    # A command that says, in its second attempt, whether anything of its first one is alive. A zombie is not.
-    ORPHAN = (
-        'if [ "$WFD_ATTEMPT" = 1 ]; then trap "" TERM HUP; sleep 600 & echo "$!" > orphan; echo "$$" > command; {}'
-        + until("never")
-        + "fi; for pid in $(cat orphan command); do "
-        'case $(ps -o stat= -p "$pid") in ""|Z*) echo gone >> seen;; *) echo alive >> seen;; esac; done'
+    # Processes that write their numbers down, deaf to what could be caught: the command, its child and grandchild, one
+    # that is nobody's child, one that is stopped.
+    GROUP = 5
+    START = (
+        'trap "" TERM HUP INT; echo $$ >> pids; sleep 600 & echo $! >> pids; kill -STOP $!; '
+        "(sh -c 'echo $$ >> pids; exec sleep 600' &); sh -c 'echo $$ >> pids; sleep 600 & echo $! >> pids; wait' & "
     )
+    # Two more that have left the group: a child of the command, and one that is nobody's.
+    ESCAPE = "setsid sh -c 'echo $$ >> pids; exec sleep 600' & (setsid sh -c 'echo $$ >> pids; exec sleep 600' &) "
+
+    def orphaning(self, count: int, more: str, then: str) -> str:
+        """A command that says, in its second attempt, what of its first one is alive. A zombie is not."""
+        first = f"{self.START}{more}; until [ $(wc -l < pids) = {count} ]; do sleep 0.02; done; echo $$ > command; {then}"
+        look = 'case $(ps -o stat= -p "$pid") in ""|Z*) echo gone;; *) echo alive;; esac'
+        never = until("never")
+        return f'if [ "$WFD_ATTEMPT" = 1 ]; then {first}{never}fi; for pid in $(cat pids); do {look}; done > seen'
 
     def test_a_shim_alone_while_the_daemon_lives(self) -> None:
-        with Daemon() as daemon:
-            run_id = daemon.submit(step("a", self.ORPHAN.format(KILL_SHIM), retries=0))
-            run = daemon.wait_for(run_id)
-            self.assertEqual((run.state, run.steps[0].attempt), ("SUCCEEDED", 2))
-            self.assertEqual(daemon.read("seen"), "gone\ngone\n")
-            self.assertEqual([event.name for event in facts_of(daemon, run_id, "a")], ["attempt_lost", "attempt_exited"])
+        forms = [("the group", ":", self.GROUP)]
+        if ARE_FOUND:
+            forms.append(("and what has left it", self.ESCAPE, self.GROUP + 2))
+        for name, more, count in forms:
+            with self.subTest(name), Daemon() as daemon:
+                run_id = daemon.submit(step("a", self.orphaning(count, more, KILL_SHIM), retries=0))
+                run = daemon.wait_for(run_id)
+                self.assertEqual((run.state, run.steps[0].attempt), ("SUCCEEDED", 2))
+                self.assertEqual(daemon.read("seen"), "gone\n" * count)
+                facts = [event.name for event in facts_of(daemon, run_id, "a")]
+                self.assertEqual(facts, ["attempt_lost", "attempt_exited"])
 
     def test_a_shim_alone_while_no_daemon_lives(self) -> None:
         with Daemon() as daemon:
-            run_id = daemon.submit(step("a", self.ORPHAN.format(""), retries=0))
+            run_id = daemon.submit(step("a", self.orphaning(self.GROUP, ":", ""), retries=0))
             command = int(daemon.wait_for_file("command"))
             daemon.kill()
             shim = probe(daemon, run_id, "a").pid
@@ -224,7 +211,7 @@ class ProcessesKilled(unittest.TestCase):
             daemon.start()
             run = daemon.wait_for(run_id)
             self.assertEqual((run.state, run.steps[0].attempt), ("SUCCEEDED", 2))
-            self.assertEqual(daemon.read("seen"), "gone\ngone\n")
+            self.assertEqual(daemon.read("seen"), "gone\n" * self.GROUP)
 
     def test_a_shim_that_died_before_its_command_began(self) -> None:
         """Seen as what a daemon finds that comes after: the lock free, no pid line."""
@@ -255,25 +242,10 @@ def kill_all(daemon: Daemon) -> None:
     wait_until(is_gone, "the end of all steps")
 
 
-def read_log(daemon: Daemon, run_id: str) -> bytes:
-    with open(daemon.home.run(run_id).events, "rb") as file:
-        return file.read()
-
-
-def write_log(daemon: Daemon, run_id: str, data: bytes) -> None:
-    with open(daemon.home.run(run_id).events, "wb") as file:
-        file.write(data)
-
-
 def cut_after(daemon: Daemon, run_id: str, kind: type) -> None:
     """Cut the log behind its first event of this kind."""
     number = next(number for number, line in enumerate(daemon.events(run_id), 1) if isinstance(line.event, kind))
     write_log(daemon, run_id, b"".join(read_log(daemon, run_id).splitlines(True)[:number]))
-
-
-def remove_attempts(daemon: Daemon, run_id: str) -> None:
-    for entry in os.scandir(daemon.home.run(run_id).attempts):
-        os.unlink(entry.path)
 
 
 def write_status(files: RunFiles, ordinal: int, step_id: str, text: str) -> None:
@@ -281,37 +253,18 @@ def write_status(files: RunFiles, ordinal: int, step_id: str, text: str) -> None
         file.write(text)
 
 
-def status_of(daemon: Daemon, run_id: str) -> str:
-    """The state that the daemon tells. Asking makes it take over a run that has no live marker."""
-    return str(daemon.request("status", run_id=run_id)["state"])
-
-
 class LogCut(unittest.TestCase):
     """A power cut may leave any part of what was not promised. Here a whole log is cut, anywhere."""
 
-    END: ClassVar = {"a": "SUCCEEDED", "b": "SUCCEEDED", "c": "FAILED", "d": "SKIPPED"}
-
     def setUp(self) -> None:
         self.daemon = self.enterContext(Daemon())
-        self.run_id = self.daemon.submit(
-            step("a", COUNT),
-            step("b", COUNT + '[ "$WFD_ATTEMPT" = 2 ]', "a", retries=1, backoff={"initial_sec": 0}),
-            step("c", COUNT + "exit 7", "a"),
-            step("d", COUNT, "b", "c"),
-        )
-        self.daemon.wait_for(self.run_id)
-        wait_until(lambda: not os.listdir(self.daemon.home.live), "the end of its marker")
-        self.whole = read_log(self.daemon, self.run_id)
-        self.lines = self.whole.splitlines(True)
-
-    def ends(self) -> list[int]:
-        """Where each line ends."""
-        return [sum(map(len, self.lines[: number + 1])) for number in range(len(self.lines))]
+        self.log = CutLog(self.daemon)
+        self.run_id, self.whole, self.lines, self.END = self.log.run_id, self.log.whole, self.log.lines, self.log.END
 
     def test_any_cut_behind_line_1_can_be_folded_and_replays(self) -> None:
         files = self.daemon.home.run(self.run_id)
         reference = self.daemon.events(self.run_id)
-        ends = self.ends()
+        ends = self.log.ends
         for cut in range(len(self.whole) - 1, ends[0] - 1, -1):
             os.truncate(files.events, cut)
             run, reading = journal.fold(files, self.run_id)
@@ -325,35 +278,20 @@ class LogCut(unittest.TestCase):
 
     def test_any_cut_is_resumed_to_the_right_end(self) -> None:
         """At, just behind, in and just before the end of every line, with no attempts on disk."""
-        ends = self.ends()
-        for before, end in pairwise(ends):
+        for before, end in pairwise(self.log.ends):
             for cut in (before, before + 1, (before + end) // 2, end - 1):
                 with self.subTest(cut=cut):
-                    self.resume(cut, cut - before)
+                    self.log.without_attempts(cut)
 
-    def resume(self, cut: int, torn_bytes: int) -> None:
-        daemon, run_id = self.daemon, self.run_id
-        remove_attempts(daemon, run_id)
-        write_log(daemon, run_id, self.whole[:cut])
-        owed = decide.next_decision(daemon.fold(run_id)) is not None
-        self.assertEqual(status_of(daemon, run_id) in ("RUNNING", "FAILED"), True)
-        self.assertEqual(daemon.wait_for(run_id).state, "FAILED")
-        self.assertEqual(daemon.states(run_id), self.END)
-        lines = daemon.events(run_id)
-        self.assertIsNone(decide.replay(lines)[1])
-        self.assertEqual(read_log(daemon, run_id)[: cut - torn_bytes], self.whole[: cut - torn_bytes])
-        recovered = [line.event for line in lines if isinstance(line.event, LogRecovered)]
-        self.assertEqual([event.dropped_bytes for event in recovered], [torn_bytes] if owed or torn_bytes else [])
-        for event in recovered:
-            if event.kept_as is not None:
-                with open(f"{daemon.home.run(run_id).directory}/{event.kept_as}", "rb") as file:
-                    self.assertEqual(file.read(), self.whole[cut - torn_bytes : cut])
-        wait_until(lambda: not os.listdir(daemon.home.live), "the end of its marker")
+    def test_a_last_batch_that_is_cut_is_written_again_and_nothing_runs_again(self) -> None:
+        for cut in range(self.log.last_batch, len(self.whole), 60):
+            with self.subTest(cut=cut):
+                self.log.with_attempts(cut)
 
     def test_with_the_attempts_left_nothing_runs_again_or_the_run_is_refused(self) -> None:
         """An attempt on disk that the cut log does not know proves that the log had promised more."""
         daemon, run_id = self.daemon, self.run_id
-        counts = {name: ran(daemon, name) for name in self.END}
+        counts = [counted.executions(daemon, run_id, name) for name in self.END]
         last_start = max(n for n, line in enumerate(daemon.events(run_id), 1) if isinstance(line.event, StepStarted))
         for kept in range(len(self.lines) - 1, last_start - 1, -1):
             with self.subTest(kept=kept):
@@ -361,8 +299,8 @@ class LogCut(unittest.TestCase):
                 status_of(daemon, run_id)
                 self.assertEqual(daemon.wait_for(run_id).state, "FAILED")
                 self.assertEqual(daemon.states(run_id), self.END)
-                self.assertEqual({name: ran(daemon, name) for name in self.END}, counts)
-                wait_until(lambda: not os.listdir(daemon.home.live), "the end of its marker")
+                self.assertEqual([counted.executions(daemon, run_id, name) for name in self.END], counts)
+                wait_until_let_go(daemon)
         for kept in range(1, last_start):
             data = b"".join(self.lines[:kept])
             write_log(daemon, run_id, data)
@@ -405,6 +343,16 @@ class LogCut(unittest.TestCase):
         self.assertEqual(daemon.wait_for(other).state, "SUCCEEDED")
 
 
+class StatusCut(unittest.TestCase):
+    """P9: a status file tells what its whole lines tell."""
+
+    def test_at_every_byte(self) -> None:
+        status = CutStatus(self.enterContext(Daemon()))
+        for length in range(len(status.whole) + 1):
+            with self.subTest(length=length):
+                status.cut(length)
+
+
 class FinishedAndDamaged(unittest.TestCase):
     """P7: the last line of a log proves nothing about the lines before it."""
 
@@ -412,7 +360,7 @@ class FinishedAndDamaged(unittest.TestCase):
         with Daemon() as daemon:
             daemon.damaged.add(run_id := daemon.submit(step("a", "true"), step("b", "false", "a")))
             daemon.wait_for(run_id)
-            wait_until(lambda: not os.listdir(daemon.home.live), "the end of its marker")
+            wait_until_let_go(daemon)
             log = read_log(daemon, run_id)
             # In the last batch, too: then what follows would be a torn tail, were it not for the end that it tells.
             for number in (2, len(log.splitlines()) - 3):
@@ -470,7 +418,7 @@ class KilledInRecovery(unittest.TestCase):
                       "fsync:signal=KILL:when=3", "fsync:signal=KILL:when=4"):  # fmt: skip
             killed = subprocess.run(
                 ["strace", "-o", os.devnull, "-e", f"trace={point.split(':')[0]}", "-e", f"inject={point}",
-                 sys.executable, "-m", "wfd"],
+                 sys.executable, "-S", "-m", "wfd"],
                 env=self.daemon.environ, stdin=subprocess.DEVNULL, capture_output=True, check=False,
             )  # fmt: skip
             if b"ptrace" in killed.stderr:

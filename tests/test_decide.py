@@ -32,11 +32,7 @@ from wfd.events import (
     RunCancelRequested,
     RunFinished,
     RunRetried,
-    RunSubmitted,
     RunTimedOut,
-    StepCancelled,
-    StepReady,
-    StepSkipped,
     StepStarted,
     StepSucceeded,
 )
@@ -349,7 +345,7 @@ class Replay(unittest.TestCase):
     def test_walks_keep_the_promises(self) -> None:
         for seed, log in walks():
             with self.subTest(seed=seed):
-                assert_promises(self, log.lines)
+                logs.check_promises(log.lines)
 
     def test_whole_runs_verify(self) -> None:
         wide = workflow(*(step(f"s{n}") for n in range(200)), max_parallel=7)
@@ -368,45 +364,6 @@ class Replay(unittest.TestCase):
             replay([])
         with self.assertRaisesRegex(Impossible, "line 1"):
             replay(Log(workflow()).lines[1:])
-
-
-def assert_promises(test: unittest.TestCase, lines: list[Line]) -> None:
-    """P4, P5 and P6, told from the lines alone, without state.py."""
-    first = lines[0].event
-    assert isinstance(first, RunSubmitted)
-    depends_on = {step.id: set(step.depends_on) for step in first.workflow.steps}
-    state = dict.fromkeys(depends_on, "PENDING")
-    attempts = dict.fromkeys(depends_on, 0)
-    is_stopped = False
-    for line in lines[1:]:
-        event = line.event
-        if isinstance(event, StepStarted):
-            test.assertEqual(state[event.step], "PENDING", "one live attempt of a step at most")
-            test.assertEqual(event.attempt, attempts[event.step] + 1)
-            test.assertFalse(is_stopped, "nothing starts after a cancel or the run's timeout")
-            test.assertTrue(all(state[id] == "SUCCEEDED" for id in depends_on[event.step]))
-            state[event.step], attempts[event.step] = "RUNNING", event.attempt
-        elif isinstance(event, (RunCancelRequested, RunTimedOut)):
-            is_stopped = True
-        elif isinstance(event, RunRetried):
-            is_stopped = False
-            state = {id: now if now == "SUCCEEDED" else "PENDING" for id, now in state.items()}
-        elif isinstance(event, StepSkipped):
-            test.assertIn(event.because, depends_on[event.step])
-            test.assertIn(state[event.because], ("FAILED", "SKIPPED"))
-            state[event.step] = "SKIPPED"
-        elif isinstance(event, StepCancelled):
-            test.assertTrue(is_stopped)
-            state[event.step] = "CANCELLED"
-        elif isinstance(event, RunFinished):
-            test.assertFalse({"PENDING", "RUNNING"} & set(state.values()))
-            blocked = {id for id in state if any(state[name] in ("FAILED", "SKIPPED") for name in depends_on[id])}
-            test.assertFalse({id for id in blocked if state[id] not in ("SKIPPED", "CANCELLED")})
-        elif isinstance(event, Decision) and not isinstance(event, StepReady):
-            step = event.step  # type: ignore[attr-defined]
-            test.assertEqual(state[step], "RUNNING")
-            after = {"step_succeeded": "SUCCEEDED", "step_failed": "FAILED", "step_retried": "PENDING"}
-            state[step] = after[event.name]
 
 
 class Forgeries(unittest.TestCase):

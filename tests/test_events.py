@@ -6,7 +6,6 @@ import json
 import typing
 import unittest
 import zlib
-from dataclasses import fields
 from typing import Any
 
 from tests import logs
@@ -26,6 +25,7 @@ from wfd.events import (
     InvalidEvent,
     Line,
     LogRecovered,
+    NewerLog,
     RunCancelRequested,
     RunFinished,
     RunRetried,
@@ -118,7 +118,7 @@ class RoundTrip(unittest.TestCase):
     def test_field_order_is_fixed_and_what_is_none_is_left_out(self) -> None:
         for event in EXAMPLES:
             with self.subTest(event=event):
-                own = [field.name for field in fields(event) if getattr(event, field.name) is not None]  # type: ignore[arg-type]
+                own = [name for name, value in zip(event._fields, event, strict=True) if value is not None]
                 names = ["seq", "at", "mono_ms", "durable", "event", *own, "crc"]
                 self.assertEqual(list(json.loads(raw_of(event))), names)
 
@@ -228,9 +228,11 @@ class Refusals(unittest.TestCase):
     def test_a_newer_log_is_refused_by_name_whatever_else_is_new_in_it(self) -> None:
         for event in (EXAMPLES[0], logs.session()):
             for name, ours in (("format", FORMAT), ("rules", RULES)):
-                words = f"log {name} {ours + 1} is newer than this program's {ours}"
-                self.assert_refused(raw_with(event, **{name: ours + 1}), words)
-                self.assert_refused(raw_with(event, **{name: ours + 1, "mood": "new", "boot_id": ...}), words)
+                words = f"was written by a newer wfd ({name} {ours + 1}; this one reads up to {ours})"
+                for newer in ({name: ours + 1}, {name: ours + 1, "mood": "new", "boot_id": ...}):
+                    self.assert_refused(raw_with(event, **newer), words)
+                    with self.assertRaises(NewerLog):
+                        events.decode(raw_with(event, **newer))
                 self.assert_refused(raw_with(event, **{name: 0}), f"{name} must be a whole number from 1 on")
                 self.assert_refused(raw_with(event, **{name: "1"}), f"{name} must be a whole number from 1 on")
 

@@ -33,7 +33,8 @@ def copy_of_example(into: Path) -> Path:
 def run_task(example: Path, task: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name != "IMAGE_PIPELINE_WORK"}
     return subprocess.run(
-        [sys.executable, str(example / "tasks" / f"{task}.py")],
+        # -S: as everywhere, nothing but Python itself is needed.
+        [sys.executable, "-S", str(example / "tasks" / f"{task}.py")],
         cwd=cwd or example,
         env=inherited | env,
         stdin=subprocess.DEVNULL,

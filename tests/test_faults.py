@@ -7,6 +7,7 @@ the place of a system call's result. What a machine does not offer is skipped, w
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from tests.daemon import Client, Daemon, Refused, others_may_enter, prlimit, step, wait_until
+from tests.daemon import ROOT, Client, Daemon, Refused, others_may_enter, prlimit, step, until, wait_until
 from wfd import process, protocol
 from wfd.paths import Home
 from wfd.supervisor import RESERVE_BYTES
@@ -31,10 +32,11 @@ HANGS = "echo began; exec sleep 600"
 DISK_BYTES = 4 << 20
 # A uid of nobody, so that a limit on its processes counts ours alone.
 OTHER_UID = 54_321
+# What is stalled is tried again after a second. Where the fault stays until the test has seen it, sooner will do.
+HASTY = "import sys; from wfd import supervisor; supervisor.RETRY_MS = 100; from wfd.__main__ import main; "
 # A daemon that may open so many descriptors.
 LIMITED = (
-    "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0})); "
-    "from wfd.__main__ import main; sys.exit(main())"
+    HASTY + "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0})); sys.exit(main())"
 )
 
 linux_only = unittest.skipUnless(sys.platform == "linux", "sets limits of another process, as only Linux can")
@@ -46,11 +48,21 @@ def ran(daemon: Daemon, step_id: str) -> int:
 
 def wait_for_stall(daemon: Daemon, run_id: str, why: str) -> None:
     """Until the run's status says that it is stalled, and why."""
-    wait_until(lambda: why in str(daemon.request("status", run_id=run_id)["stalled"]), f"a stall: {why}", daemon.explain)
+
+    def is_stalled() -> bool:
+        status = daemon.request("status", run_id=run_id)
+        assert status["finished_at"] is None, f"it is over, and never stalled: {status}"
+        return why in str(status["stalled"])
+
+    wait_until(is_stalled, f"a stall: {why}", daemon.explain)
 
 
 def wait_until_it_goes_on(daemon: Daemon, run_id: str) -> None:
     wait_until(lambda: daemon.request("status", run_id=run_id)["stalled"] is None, "no stall", daemon.explain)
+
+
+class Hasty(Daemon):
+    program: tuple[str, ...] = ("-S", "-c", HASTY + "sys.exit(main())")
 
 
 class Gate:
@@ -83,7 +95,7 @@ class FullDisk(unittest.TestCase):
         if mounted.returncode != 0:
             self.skipTest(f"tmpfs cannot be mounted here: {mounted.stderr.decode()}")
         self.addCleanup(subprocess.run, ["umount", "-l", self.mount], check=True)
-        self.daemon = Daemon()
+        self.daemon = Hasty()
         self.daemon.home = Home(f"{self.mount}/home")
         self.daemon.environ["WFD_HOME"] = self.daemon.home.directory
         self.enterContext(self.daemon)
@@ -126,6 +138,29 @@ class FullDisk(unittest.TestCase):
         self.assertEqual({ran(daemon, record.step.id) for record in run.steps}, {1})
         self.assertEqual(os.listdir(daemon.home.runs), [run_id], "something is left of the run that was refused")
 
+    def test_live_steps_end_undisturbed(self) -> None:
+        """One ends in the middle of it, one lives through it: neither is touched, and how they ended is recorded after."""
+        daemon, count = self.daemon, 30
+        through = Gate(daemon.directory, "through")
+        self.addCleanup(through.close)
+        crowd = self.submit_waiting(count)
+        commands = {"within": COUNT + self.gate.command + "exit 3", "through": COUNT + through.command + "exit 5"}
+        run_id = daemon.submit(*(step(name, command) for name, command in commands.items()))
+        wait_until(lambda: all(ran(daemon, name) for name in commands), "both")
+        self.fill()
+        self.gate.open(count + 1)
+        wait_for_stall(daemon, crowd, "No space left")
+        self.assertEqual(daemon.states(run_id)["through"], "RUNNING")
+        self.assertTrue(daemon.processes(run_id))
+        self.free()
+        wait_until_it_goes_on(daemon, crowd)
+        through.open(1)
+        run = daemon.wait_for(run_id)
+        ends = {record.step.id: (record.state.value, record.attempt, record.exit_code) for record in run.steps}
+        self.assertEqual(ends, {"within": ("FAILED", 1, 3), "through": ("FAILED", 1, 5)})
+        self.assertEqual([ran(daemon, name) for name in commands], [1, 1])
+        self.assertEqual(daemon.wait_for(crowd).state, "SUCCEEDED")
+
     def test_cancel_works(self) -> None:
         daemon, count = self.daemon, 30
         run_id = self.submit_waiting(count, grace_sec=300)
@@ -138,6 +173,20 @@ class FullDisk(unittest.TestCase):
         self.free()
         daemon.wait_for(daemon.submit(step("a", "true")))
         self.assertEqual(os.path.getsize(daemon.home.reserve), RESERVE_BYTES)
+
+    def test_the_reserve_is_back_when_there_is_room(self) -> None:
+        daemon, count = self.daemon, 30
+        cancelled, other = (self.submit_waiting(count, grace_sec=300) for _ in range(2))
+        self.fill()
+        self.gate.open(2 * count - 1)
+        for run_id in (cancelled, other):
+            wait_for_stall(daemon, run_id, "No space left")
+        daemon.request("cancel", run_id=cancelled, request="x")
+        daemon.wait_for(cancelled)
+        self.assertFalse(os.path.exists(daemon.home.reserve))
+        self.free()
+        wait_until_it_goes_on(daemon, other)
+        wait_until(lambda: os.path.exists(daemon.home.reserve), "the reserve")
 
     def test_cancel_works_without_a_daemon_too(self) -> None:
         """A daemon starts on a full disk, and finds the room to take the run over."""
@@ -160,10 +209,27 @@ class FullDisk(unittest.TestCase):
         with self.assertRaises(Refused) as refused:
             daemon.request("status", run_id=run_id)
         self.assertEqual(refused.exception.code, protocol.STALLED)
+        self.assert_told(run_id)
         self.gate.open(count)
         self.free()
         self.assertEqual(daemon.wait_for(run_id).state, "SUCCEEDED")
         self.assertEqual({ran(daemon, f"s{number}") for number in range(count)}, {1})
+
+    def assert_told(self, run_id: str) -> None:
+        """The state comes from the log, with the reason why it does not change; and whoever waits goes on waiting."""
+        said = self.ask("status", run_id, "--json")
+        told = json.loads(said.stdout)
+        self.assertEqual((said.returncode, told["state"], told["source"]), (0, "RUNNING", "log"))
+        self.assertIn("No space left", told["stalled"])
+        [row] = json.loads(self.ask("list", "--json").stdout)["runs"]
+        self.assertEqual(row["stalled"], "the daemon could not take it over yet")
+        waited = self.ask("wait", run_id, "--timeout", "1")
+        self.assertEqual(waited.returncode, 124)
+        self.assertEqual(waited.stderr.count("No space left"), 1, waited.stderr)
+
+    def ask(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, f"{ROOT}/workflow.py", *arguments]
+        return subprocess.run(command, env=self.daemon.environ, capture_output=True, text=True, timeout=60)
 
 
 SOFT_LIMITED = """
@@ -179,7 +245,7 @@ class Limits(unittest.TestCase):
     """Limits of the daemon, lowered and raised while it runs."""
 
     def setUp(self) -> None:
-        self.daemon = self.enterContext(Daemon())
+        self.daemon = self.enterContext(Hasty())
         self.gate = Gate(self.daemon.directory)
         self.addCleanup(self.gate.close)
 
@@ -254,8 +320,9 @@ class OtherUser(Daemon):
 
     # What it may import later lies perhaps where only we can read.
     program = (
+        "-S",
         "-c",
-        "import encodings.ascii, os, sys; from wfd.__main__ import main; "
+        f"import encodings.ascii, os; {HASTY}"
         f"os.setgroups([]); os.setgid({OTHER_UID}); os.setuid({OTHER_UID}); sys.exit(main())",
     )
 
@@ -378,6 +445,41 @@ class SyncFails(unittest.TestCase):
             finally:
                 tracer.send_signal(signal.SIGINT)
                 tracer.communicate()
+
+
+class Output(unittest.TestCase):
+    """A step that prints without measure: its output is held to the limit while it lives, and when it has ended."""
+
+    # Prints, goes on when that was cut, and prints again. Who is never cut gives up.
+    PRINTS = (
+        "import os, sys, time\n"
+        "for _ in range({mebibytes}): os.write(1, bytes(1 << 20))\n"
+        "for _ in range(2000):\n"
+        "    time.sleep(0.01)\n"
+        "    if os.fstat(1).st_size <= {limit}: break\n"
+        "else: sys.exit(1)\n"
+        "for _ in range({mebibytes}): os.write(1, bytes(1 << 20))"
+    )
+    CODE = PRINTS.format(mebibytes=(process.OUTPUT_LIMIT_BYTES >> 20) + 4, limit=process.OUTPUT_LIMIT_BYTES)
+    COMMAND = COUNT + f'exec "{sys.executable}" -S -c "{CODE}"'
+
+    def size(self, daemon: Daemon, run_id: str) -> int:
+        return os.path.getsize(daemon.home.run(run_id).attempt(1, "a", 1).out)
+
+    def test_is_cut_while_it_lives_and_when_it_has_ended(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", self.COMMAND))
+            self.assertEqual(daemon.wait_for(run_id).state, "SUCCEEDED")
+            self.assertEqual((self.size(daemon, run_id), ran(daemon, "a")), (process.OUTPUT_LIMIT_BYTES, 1))
+            self.assertEqual(daemon.log().count("the output was cut"), 1, "said more than once")
+
+    def test_of_a_step_that_was_adopted_too(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", until("go") + "; " + self.COMMAND))
+            wait_until(lambda: daemon.processes(run_id), "a")
+            daemon.restart()
+            daemon.touch("go")
+            self.assertEqual(daemon.wait_for(run_id).state, "SUCCEEDED")
 
 
 class CannotStart(unittest.TestCase):

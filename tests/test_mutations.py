@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
+import subprocess
 import tempfile
+import time
 import unittest
+from unittest import mock
 
 from tests.mutations import applied, catch, mutations, with_known_first
 from wfd import __main__ as daemon
-from wfd import decide, state
+from wfd import decide, journal, state
 from wfd.paths import Home
 
 # After a change of the engine the known seeds may show nothing any more; then the others are tried.
@@ -45,6 +50,40 @@ class Homes(unittest.TestCase):
                     os.close(daemon._lock(Home(directory), False, []))
             finally:
                 os.close(lock)
+
+    def test_are_free_a_moment_after_their_daemon_was_killed(self) -> None:
+        # A child that it was just starting has the lock until its exec.
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        with tempfile.TemporaryDirectory() as directory:
+            home = Home(directory)
+            left = daemon._lock(home, False, [])
+            os.write(left, json.dumps({"pid": dead.pid}).encode())
+            with mock.patch.object(time, "sleep", lambda seconds: os.close(left)):
+                os.close(daemon._lock(home, False, []))
+
+    def test_are_durable_before_their_first_run(self) -> None:
+        self.addCleanup(os.chdir, os.getcwd())
+        synced: list[str] = []
+        with tempfile.TemporaryDirectory() as directory, mock.patch.object(journal, "sync_directory", synced.append):
+            home = Home(f"{directory}/home")
+            for _ in range(2):
+                daemon._prepare(home)
+                self.assertEqual(synced, [home.directory, directory])
+                synced.clear()
+            os.mkdir(home.run("r1").directory)
+            daemon._prepare(home)
+            self.assertEqual(synced, [])
+
+    def test_have_a_socket_that_only_the_owner_may_use(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            before = os.umask(0)
+            try:
+                path, [listener], _ = daemon._listen(Home(directory), [])
+            finally:
+                os.umask(before)
+            with listener:
+                self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
 
 
 if __name__ == "__main__":

@@ -62,9 +62,9 @@ class OneFile(unittest.TestCase):
         build(self.program, f"{self.daemon.base}/staging")
 
     def python(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        # -P, and a directory without our packages: they can come from nowhere but the zip file.
+        # -P and -S, and a directory without our packages: they can come from nowhere but the zip file.
         return subprocess.run(
-            [sys.executable, "-P", *arguments],
+            [sys.executable, "-P", "-S", *arguments],
             cwd=self.daemon.directory, env={**self.daemon.environ, **environ},
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip

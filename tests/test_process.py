@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import functools
@@ -19,7 +18,7 @@ import unittest
 from collections.abc import Iterator, Mapping
 from unittest import mock
 
-from tests.daemon import wait_until
+from tests.daemon import deadline, wait_until
 from wfd import machine, process
 from wfd.paths import AttemptFiles
 from wfd.process import Attempt, Exit, Launch, Outcome, SpawnStalled, Status, Usage
@@ -110,7 +109,7 @@ class Bench:
         return exit
 
     def sweep(self, attempt: Attempt, *, in_grace: bool = False, is_ending: bool = False) -> Outcome:
-        wait_until(lambda: attempt.look(in_grace=in_grace) is None, "the end of the group")
+        wait_until(lambda: attempt.look(0, in_grace=in_grace) is None, "the end of the group")
         attempt.settle(is_ending=is_ending, rebooted=False)
         assert attempt.outcome is not None
         return attempt.outcome
@@ -343,24 +342,16 @@ def soft_limit(kind: int, value: int) -> Iterator[None]:
         resource.setrlimit(kind, before)
 
 
-@contextlib.contextmanager
-def deadline() -> Iterator[None]:
-    """End what would otherwise wait for ever."""
-
-    def end(number: int, frame: object) -> None:
-        raise AssertionError("it waits for ever")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(10)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 # A command that says when it is ready and then stays.
 STAYS = "echo ready; while :; do sleep 0.02; done"
+
+
+def _end(group: int, members: list[int]) -> None:
+    """Kill a group whose shim was reaped. Its members are our children now, if this process has become a subreaper."""
+    process.signal_group(group, signal.SIGKILL)
+    for pid in members:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
 
 
 class TestSignals(unittest.TestCase):
@@ -381,7 +372,10 @@ class TestSignals(unittest.TestCase):
             for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
                 with self.subTest(shell=shell, signal=number.name):
                     bench = Bench(self, shell)
-                    attempt = bench.start(bench.launch("echo ready; exec sleep 1000", limits="ulimit -c 0"))
+                    # The command itself says that it is there: bash, which would have said so before, ignores SIGQUIT.
+                    with open(f"{bench.directory}/says", "w", encoding="utf-8") as file:
+                        file.write("ready\n")
+                    attempt = bench.start(bench.launch("exec tail -f says", limits="ulimit -c 0"))
                     bench.wait_for(attempt, "ready")
                     self.assertTrue(attempt.signal(number))
                     self.assertEqual(bench.finish(attempt).exit_code, 128 + number)
@@ -422,7 +416,7 @@ class TestSignals(unittest.TestCase):
                 attempt.signal(signal.SIGTERM)
                 bench.reap(attempt)
                 self.assertEqual(bench.status(attempt)[-1], "exit 143")
-                self.assertIsNotNone(attempt.look(in_grace=True), "somebody of the group is still cleaning up")
+                self.assertIsNotNone(attempt.look(0, in_grace=True), "somebody of the group is still cleaning up")
                 with open(f"{bench.directory}/go", "w"):
                     pass
                 outcome = bench.sweep(attempt, in_grace=True, is_ending=True)
@@ -435,7 +429,7 @@ class TestSignals(unittest.TestCase):
         bench.wait_for(attempt, "ready")
         attempt.signal(signal.SIGTERM)
         bench.reap(attempt)
-        self.assertIsNotNone(attempt.look(in_grace=True))
+        self.assertIsNotNone(attempt.look(0, in_grace=True))
         bench.sweep(attempt)
         assert attempt.pid is not None
         self.assertEqual(machine.group_members(attempt.pid), [])
@@ -503,6 +497,17 @@ class TestSignals(unittest.TestCase):
         for one in (attempt, adopted):
             self.assertFalse(one.signal(signal.SIGTERM))
 
+    def test_a_term_waits_until_the_command_has_begun(self) -> None:
+        bench = Bench(self)
+        attempt = bench.start(bench.launch(STAYS))
+        bench.wait_for(attempt, "ready")
+        early = Status(True, True, None)
+        with mock.patch.object(process, "probe", return_value=early), mock.patch.object(process, "signal_group") as sent:
+            self.assertFalse(attempt.signal(signal.SIGTERM), "it would reach the shim alone")
+            sent.assert_not_called()
+            self.assertTrue(attempt.signal(signal.SIGKILL))
+            sent.assert_called_once_with(attempt.pid, signal.SIGKILL)
+
     def test_a_stranger_with_the_group_s_number_is_left_alone(self) -> None:
         bench = Bench(self)
         stranger = subprocess.Popen(["sleep", "1000"], start_new_session=True)
@@ -512,7 +517,44 @@ class TestSignals(unittest.TestCase):
         with open(attempt.files.status, "w") as file:
             file.write(f"status 1\npid {stranger.pid}\n")
         self.assertFalse(attempt.signal(signal.SIGKILL))
+        with open(attempt.files.status, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                self.assertFalse(attempt.signal(number), "the lock proves that the shim lives, not that this is its number")
         self.assertEqual(bench.sweep(attempt).why, "killed")
+        self.assertIsNone(stranger.poll())
+
+    def test_a_group_without_marks_is_known_by_who_has_just_seen_its_shim(self) -> None:
+        for later_ms, is_ended in ((process.GROUP_STAYS_MS, True), (process.GROUP_STAYS_MS + 1, False)):
+            with self.subTest(later_ms=later_ms):
+                bench = Bench(self)
+                attempt = bench.start(bench.launch("env -i PATH=/bin:/usr/bin sh -c 'echo ready; exec sleep 1000'; true"))
+                bench.wait_for(attempt, "ready")
+                adopted = bench.adopt(attempt)
+                self.assertEqual(adopted.look(0, in_grace=False), process.ADOPTED_POLL_MS)
+                assert attempt.pid is not None
+                members = machine.group_members(attempt.pid)
+                self.addCleanup(_end, attempt.pid, members)
+                for pid in members:
+                    if machine.carries(pid, bench.marks(1)):
+                        os.kill(pid, signal.SIGKILL)
+                bench.reap(attempt)
+                self.assertTrue(machine.group_members(attempt.pid))
+                wait_until(lambda: adopted.look(later_ms, in_grace=False) is None, "the end of the group")  # noqa: B023
+                self.assertEqual(machine.group_members(attempt.pid) == [], is_ended)
+
+    def test_a_shim_of_ours_is_signalled_by_its_own_number(self) -> None:
+        bench = Bench(self)
+        stranger = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        self.addCleanup(stranger.wait)
+        self.addCleanup(stranger.kill)
+        attempt = bench.start(bench.launch(STAYS))
+        bench.wait_for(attempt, "ready")
+        with open(attempt.files.status, "r+") as file:
+            file.truncate(0)
+            file.write(f"status 1\npid {stranger.pid}\n")
+        self.assertTrue(attempt.signal(signal.SIGTERM))
+        bench.reap(attempt)
         self.assertIsNone(stranger.poll())
 
 
@@ -528,7 +570,7 @@ class TestLock(unittest.TestCase):
                 for _ in range(2):
                     self.assertEqual(process.probe(attempt.files), Status(True, True, attempt.pid))
                 adopted = bench.adopt(attempt)
-                self.assertEqual(adopted.look(in_grace=False), process.ADOPTED_POLL_MS)
+                self.assertEqual(adopted.look(0, in_grace=False), process.ADOPTED_POLL_MS)
                 assert attempt.pid is not None
                 # Only the command hears this, so nobody sweeps its group.
                 for pid in machine.group_members(attempt.pid):
@@ -564,9 +606,9 @@ class TestLock(unittest.TestCase):
         attempt = bench.start(bench.launch(STAYS))
         bench.wait_for(attempt, "ready")
         adopted = bench.adopt(attempt)
-        adopted.look(in_grace=False)
+        adopted.look(0, in_grace=False)
         os.unlink(attempt.files.status)
-        self.assertIsNotNone(adopted.look(in_grace=False), "it is still alive, and is swept")
+        self.assertIsNotNone(adopted.look(0, in_grace=False), "it is still alive, and is swept")
         self.assertEqual(bench.sweep(adopted).kind, "lost")
         bench.reap(attempt)
         assert attempt.pid is not None
@@ -595,7 +637,7 @@ class TestStarts(unittest.TestCase):
     def test_no_directory_for_its_files(self) -> None:
         launch = Bench(self).launch("true")
         files = AttemptFiles("/no/such/1.out", "/no/such/1.status", "/no/such/1.sh")
-        self.assertEqual(self.refused(dataclasses.replace(launch, files=files)).why, "exec")
+        self.assertEqual(self.refused(launch._replace(files=files)).why, "exec")
 
     def test_a_shortage_passes(self) -> None:
         bench = Bench(self)
@@ -609,7 +651,7 @@ class TestStarts(unittest.TestCase):
         self.assertEqual(bench.finish(bench.start(launch)).exit_code, 0)
 
     def test_which_errors_pass(self) -> None:
-        for number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC):
+        for number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.ENOSPC):
             with self.subTest(errno=errno.errorcode[number]), self.assertRaises(SpawnStalled):
                 process._cannot_start(OSError(number, os.strerror(number)))
         for number in (errno.E2BIG, errno.ENOENT, errno.EACCES):
@@ -630,23 +672,19 @@ CONTENTS: tuple[tuple[bytes, int | None, int | None, str | None], ...] = (
     (b"status 1\npid 42", None, None, None),
     (b"status 1\npid 4242\nexit 1", 4242, None, None),
     (b"status 1\nerror cwd", None, None, None),
-    # What no shim of ours writes.
-    (b"status 1\npid 1\n", None, None, None),
-    (b"status 1\npid 0\n", None, None, None),
-    (b"status 1\npid -1\n", None, None, None),
-    (b"status 1\npid 99999999999\n", None, None, None),
-    (b"status 1\npid 4242\nexit 256\n", 4242, None, None),
-    (b"status 1\npid 4242\nexit -1\n", 4242, None, None),
-    (b"status 1\npid 4242\nexit cwd\n", 4242, None, None),
-    (b"status 1\npid cwd\nerror 5\n", None, None, None),
-    (b"status 1\nPID 4242\nEXIT 0\n", None, None, None),
-    (b"status 1\npid 4242 \nexit  0\n", None, None, None),
-    (b"status 1\npid 4242\r\nexit 0\r\n", None, None, None),
-    (b"status 1\npid \xef\xbc\x94\xef\xbc\x92\n", None, None, None),
-    (b"nonsense\n", None, None, "strange"),
-    (b"\n", None, None, "strange"),
-    (bytes(5_000), None, None, "strange"),
-    (b"status 2\npid 4242\n", 4242, None, "strange"),
+    # What its shell writes when it was refused a process for the command.
+    (b"status 1\nexit 2\n", None, 2, None),
+    # What no shim of ours writes: nobody can tell what has become of the attempt, P9.
+    *((content, None, None, "strange") for content in (
+        b"status 1\npid 1\n", b"status 1\npid 0\n", b"status 1\npid -1\n", b"status 1\npid 2147483648\n",
+        b"status 1\npid 9999999999\n", b"status 1\npid 99999999999\n", b"status 1\npid 04242\n",
+        b"status 1\npid 4242\npid 4243\n", b"status 1\npid 4242\nexit 0\nexit 0\n", b"status 1\nexit 0\npid 4242\n",
+        b"status 1\npid 4242\nexit 256\n", b"status 1\npid 4242\nexit 999\n", b"status 1\npid 4242\nexit -1\n",
+        b"status 1\npid 4242\nexit cwd\n", b"status 1\npid cwd\nerror 5\n", b"status 1\nPID 4242\nEXIT 0\n",
+        b"status 1\npid 4242 \nexit  0\n", b"status 1\npid 4242\r\nexit 0\r\n", b"status 1\npid \xef\xbc\x94\xef\xbc\x92\n",
+        b"status 1\npid 4242\nerror cwd\n", b"status 1\nexit 0\ngarbage\n", b"status 1\nstatus 1\npid 4242\n",
+        b"nonsense\n", b"nonsense", b"\n", bytes(5_000), b"status 2\npid 4242\n", b"status 2\npid 4242\nexit 0\n",
+    )),
 )
 
 # pid known, exit status, error, is_ending, rebooted, status of the shim if it was ours -> kind, exit status, why

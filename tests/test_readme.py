@@ -18,6 +18,8 @@ import sys
 import tempfile
 import unittest
 
+from tests import proof
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What a reader has who follows the README from a clone.
 SHIPPED = (
@@ -48,6 +50,17 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(commands, ["python3 -m unittest"])
         with open(os.path.join(ROOT, ".ci", "run"), encoding="utf-8") as file:
             self.assertIn("-m unittest", file.read())
+
+    def test_each_means_is_there_and_has_a_row_of_the_proof(self) -> None:
+        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+            readme = file.read()
+        modules = set(re.findall(r"python3 -m (tests\.\w+)", readme))
+        self.assertGreaterEqual(len(modules), 10)
+        for name in modules:
+            with self.subTest(name):
+                self.assertTrue(callable(importlib.import_module(name).main))
+        rows = {name for row in re.findall(r"^\| ([a-z, ]+) \|.*\|.*\|$", readme, re.MULTILINE) for name in row.split(", ")}
+        self.assertLessEqual({means.name for means in proof.MEANS}, rows)
 
     def test_each_promise_names_tests_that_are_there(self) -> None:
         with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
@@ -94,7 +107,8 @@ class ReadmeTest(unittest.TestCase):
         os.mkdir(programs)
         path = os.path.join(programs, "python3")
         with open(path, "w", encoding="utf-8") as file:
-            file.write(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+            # -S: a reader needs nothing but Python itself.
+            file.write(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S "$@"\n')
         os.chmod(path, 0o755)
         home = os.path.join(directory, "home")
         return {
@@ -102,7 +116,6 @@ class ReadmeTest(unittest.TestCase):
             "PATH": programs + os.pathsep + os.environ.get("PATH", os.defpath),
             "HOME": directory,
             "WFD_HOME": home,
-            "PYTHONDONTWRITEBYTECODE": "1",
         }
 
     def _run(self, text: str, directory: str, environ: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from tests.logs import AT, Log, complete, session, step, workflow
 from wfctl import render
 from wfd.events import LogRecovered, RunTimedOut
 
-NOW = render.epoch_sec(AT) + 75
+NOW = (render.epoch_sec(AT) or 0) + 75
 
 
 class Escape(unittest.TestCase):
@@ -60,6 +60,21 @@ class Numbers(unittest.TestCase):
         for at, expected in cases:
             with self.subTest(at=at):
                 self.assertEqual(render.epoch_sec(at), expected)
+
+    def test_times_that_are_none(self) -> None:
+        """A log that somebody has written by hand may hold any text as a time, and any number."""
+        whole = "2026-11-23T07:24:12.123456Z"
+        cases = (
+            "", "yesterday", "\x1b[2J", whole.replace("2026", "²026"), whole.replace("12.", "nan"), "٣" * 27,
+            whole.replace("2.1", "x.1"), whole.replace("-11-", "-1x-"), whole.replace("1234", "1e9"),
+        )  # fmt: skip
+        for at in cases:
+            with self.subTest(at=at[:30]):
+                self.assertIsNone(render.epoch_sec(at))
+                self.assertEqual((render.took(at, None, NOW), render.took(AT, at, NOW)), ("", ""))
+                self.assertTrue(render.clock(at).isprintable())
+        step = {"state": "READY", "reason": "exit", "exit_code": 1, "delay_ms": 10**400}
+        self.assertTrue(render.why(step).startswith("exit 1; waits "))
 
     def test_how_long(self) -> None:
         self.assertEqual(render.took(None, None, NOW), "")

@@ -231,6 +231,34 @@ class TestOrderAndRoom(LoopTest):
                 self.loop.settle()
         self.assertEqual(len(connection.inbox), before)
 
+    def test_half_requests_of_all_peers_together_are_bounded(self) -> None:
+        with mock.patch.object(server, "HELD_LIMIT_BYTES", 1_000):
+            small, large, last = (self.loop.client() for _ in range(3))
+            for (sock, _), size in ((small, 300), (large, 400), (last, 290)):
+                self.assertEqual(self.feed(sock, b"x" * size), b"")
+            answer = self.feed(last[0], b"x" * 20)
+            self.assertEqual((answer, self.loop.closed), (b"", [large[1]]), "the one that holds most is let go of")
+            problem = json.loads(read(large[0]))["error"]
+            self.assertEqual((problem["code"], "more than 1000 bytes" in problem["message"]), (protocol.STALLED, True))
+            for (sock, _), size in ((small, 300), (last, 310)):
+                self.assertEqual(self.feed(sock, b"\n"), b"x" * size + b"\n", "the others are served")
+            self.assertEqual(self.loop.server._held, 0)
+            one, connection = self.loop.client()
+            answer = self.feed(one, b"x" * 1_001)
+            self.assertIn(b"more than 1000 bytes", answer)
+            self.assertTrue(connection.is_closed, "it may be the one that is read from")
+            self.assertEqual(self.loop.server._held, 0)
+
+    def test_answers_that_nobody_takes_are_bounded_of_all_peers_together(self) -> None:
+        with mock.patch.object(server, "HELD_LIMIT_BYTES", 10 << 20):
+            peers = [self.loop.client() for _ in range(4)]
+            for _, connection in peers:
+                self.loop.server.send(connection, b"." * (3 << 20))
+            self.assertEqual(len(self.loop.closed), 1)
+            self.assertLessEqual(self.loop.server._held, 10 << 20)
+            reader = next(sock for sock, connection in peers if not connection.is_closed)
+            self.assertEqual(len(self.drain(reader)), 3 << 20, "whoever reads gets all")
+
     def test_room_is_reported_when_all_is_sent(self) -> None:
         sock, connection = self.loop.client()
         self.loop.server.send(connection, b"." * (4 << 20))
@@ -509,6 +537,7 @@ class TestAnswers(unittest.TestCase):
         with self.daemon.connect() as client:
             client.send(b'{"jsonrpc":"2.0","method":"status","params":{"run_id":"unknown"}}\n')
             client.send(b'{"jsonrpc":"2.0","method":"list"}\n')
+            client.send(b'{"jsonrpc":"2.0","method":"lst"}\n{"jsonrpc":"2.0","method":"status","params":{"run":1}}\n')
             self.assertEqual(client.request("list"), {"runs": []})
 
     def test_a_thousand_requests_at_once(self) -> None:

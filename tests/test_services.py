@@ -139,7 +139,7 @@ pid, *fds = sys.argv[1].split(",")
 for target, fd in enumerate([fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 20) for fd in fds], 3):
     os.dup2(fd, target)
 os.environ.update(LISTEN_PID=pid or str(os.getpid()), LISTEN_FDS=str(len(fds)), LISTEN_FDNAMES="wfd.socket")
-os.execv(sys.executable, [sys.executable, "-m", "wfd", *sys.argv[2:]])
+os.execv(sys.executable, [sys.executable, "-S", "-m", "wfd", *sys.argv[2:]])
 """
 
 
@@ -183,7 +183,7 @@ class Managed(Daemon):
         told = ",".join([self.listen_pid, *map(str, self.passed)])
         with open(self.stderr, "ab") as stderr:
             started = subprocess.Popen(
-                [sys.executable, "-c", _LAUNCH, told, *self.flags, *flags],
+                [sys.executable, "-ISc", _LAUNCH, told, *self.flags, *flags],
                 cwd=ROOT, env=self.environ, pass_fds=(*self.passed, *pass_fds),
                 stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
             )  # fmt: skip
@@ -351,7 +351,7 @@ class Replacement(unittest.TestCase):
                 with (
                     self.subTest(expected),
                     subprocess.Popen(
-                        [sys.executable, "-c", hold, held.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                        [sys.executable, "-ISc", hold, held.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
                     ) as holder,
                 ):
                     assert holder.stdout is not None

@@ -19,6 +19,7 @@ from typing import Any
 
 from tests import simulation
 from tests.simulated_disk import Chance, Directory, Disk, File
+from tests.simulated_history import simulate
 from tests.simulated_kernel import Kernel, Plan
 from tests.simulated_os import installed
 from wfd import machine, process
@@ -33,7 +34,7 @@ class Histories(unittest.TestCase):
 
     def test_random_histories(self) -> None:
         for seed in range(400):
-            report = simulation.simulate(seed)
+            report = simulate(seed)
             self.assertEqual(report.problem, "", f"python -m tests.simulation --seed {seed} --verbose")
 
     def test_every_crash_of_the_smallest_workflows(self) -> None:
@@ -43,8 +44,8 @@ class Histories(unittest.TestCase):
                 self.assertEqual(report.crashes, 1, f"{crashed} was to crash")
 
     def test_the_seed_is_the_whole_history(self) -> None:
-        program = "from tests.simulation import simulate; print([simulate(seed).digest for seed in range(8)])"
-        expected = f"{[simulation.simulate(seed).digest for seed in range(8)]}\n"
+        program = "from tests.simulated_history import simulate; print([simulate(seed).digest for seed in range(8)])"
+        expected = f"{[simulate(seed).digest for seed in range(8)]}\n"
         for hash_seed in ("1", "2"):
             environ = {**os.environ, "PYTHONHASHSEED": hash_seed}
             command = [sys.executable, "-c", program]
@@ -55,7 +56,7 @@ class Histories(unittest.TestCase):
         """Whatever is to be survived does occur: else a simulator that does nothing would be content."""
         seen: dict[str, int] = dict.fromkeys(_WANTED, 0)
         for seed in range(400):
-            trace = "\n".join(simulation.simulate(seed, is_traced=True).trace)
+            trace = "\n".join(simulate(seed, is_traced=True).trace)
             for text in seen:
                 seen[text] += text in trace
         self.assertEqual([text for text, count in seen.items() if count == 0], [])
@@ -172,7 +173,7 @@ class SimulatedProcesses(unittest.TestCase):
                 exit = process.reap(pid)
                 assert exit is not None
                 attempt.reaped(exit)
-            stage.until(lambda: attempt.look(in_grace=False) is None)
+            stage.until(lambda: attempt.look(0, in_grace=False) is None)
             attempt.settle(is_ending=act in ("term", "kill"), rebooted=False)
             outcome = attempt.outcome
             assert outcome is not None
@@ -226,6 +227,10 @@ class _Stage(AbstractContextManager["_Stage"]):
 class _RealStage(_Stage):
     def __enter__(self) -> _RealStage:
         self._stack = ExitStack()
+        # As the daemon does: a status file that is fd 9 itself would be closed by the exec of its shim.
+        while (fd := os.open(os.devnull, os.O_RDONLY)) <= 9:
+            self._stack.callback(os.close, fd)
+        os.close(fd)
         self.directory = self._stack.enter_context(tempfile.TemporaryDirectory())
         os.makedirs(Home(self.directory).run("r1").attempts)
         self._ready = f"{self.directory}/ready"

@@ -30,6 +30,7 @@ from wfd.events import (
     StepSucceeded,
 )
 from wfd.state import Impossible, Run
+from wfd.values import Value
 
 # DESIGN §4 in full: what follows for a step of this state, and nothing else does.
 STEP_TABLE = {
@@ -124,7 +125,7 @@ def run_in(state: str) -> Log:
 
 def snapshot(value: Any) -> Any:
     """All that a run holds, as plain values."""
-    if hasattr(value, "__slots__"):
+    if hasattr(value, "__slots__") and not isinstance(value, Value):
         return {name: snapshot(getattr(value, name)) for name in value.__slots__}
     if isinstance(value, Run):
         return {name: snapshot(inner) for name, inner in vars(value).items()}

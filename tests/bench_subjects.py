@@ -1,0 +1,222 @@
+"""What the benchmark runs: graphs of steps, our daemon, and the tools beside it.
+
+Our side checks each run before its time counts: it SUCCEEDED, each step ran once, and the log replays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tests import daemon
+from tests.bench_results import WrongResult, timed
+from tests.daemon import ROOT
+from wfctl.client import HELLO
+from wfd import decide, journal
+from wfd.events import AttemptExited, Line
+from wfd.paths import Home
+from wfd.state import RunState
+
+PROGRAM = (sys.executable, os.path.join(ROOT, "workflow.py"))
+HAS_PROC = os.path.exists("/proc/self/status")
+NEEDS_PROC = "it is read from /proc, which is not here"
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """One command of a graph, and the steps that it depends on."""
+
+    id: str
+    needs: tuple[str, ...] = ()
+    command: str = "true"
+
+
+Graph = list[Step]
+
+
+def fan_out(count: int, first: str = "true") -> Graph:
+    """One step, so many that depend on it, and one that depends on all of them. first: the command of the first."""
+    middle = [Step(f"s{number}", ("first",)) for number in range(count)]
+    return [Step("first", command=first), *middle, Step("last", tuple(step.id for step in middle))]
+
+
+def layers(count: int, width: int) -> Graph:
+    """So many layers, each of whose steps depends on all of the layer before."""
+    ids = [tuple(f"s{layer}-{number}" for number in range(width)) for layer in range(count)]
+    return [Step(id, before) for before, here in zip([(), *ids], ids, strict=False) for id in here]
+
+
+def chain(count: int) -> Graph:
+    return [Step(f"s{number}", (f"s{number - 1}",) if number else ()) for number in range(count)]
+
+
+def loose(count: int, command: str) -> Graph:
+    """Steps that do not depend on each other."""
+    return [Step(f"s{number}", command=command) for number in range(count)]
+
+
+def definition(graph: Graph, parallel: int | None = None) -> dict[str, object]:
+    """The graph as a workflow."""
+    steps = [{"id": step.id, "command": step.command, "depends_on": list(step.needs)} for step in graph]
+    return {"workflow_id": "bench", "steps": steps, **({"max_parallel": parallel} if parallel else {})}
+
+
+def workflow_file(graph: Graph, parallel: int | None = None) -> str:
+    path = os.path.join(tempfile.mkdtemp(prefix="ours-"), "workflow.json")
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(definition(graph, parallel), file)
+    return path
+
+
+# -- our side ----------------------------------------------------------------------------------------------------------
+
+
+class Daemon(daemon.Daemon):
+    """A daemon, from `with` to its end, in a home of its own or in `home`. Its files stay.
+
+    before   what runs the interpreter that runs it, such as strace
+    """
+
+    def __init__(self, *flags: str, home: Home | None = None, before: Sequence[str] = ()) -> None:
+        super().__init__(*flags)
+        if home is not None:
+            self.home = home
+            self.environ["WFD_HOME"] = home.directory
+        self.before = before
+        # Whoever has installed it has it compiled; whoever wants no bytecode beside the sources gets it elsewhere.
+        if self.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+            self.environ.setdefault("PYTHONPYCACHEPREFIX", os.path.join(tempfile.gettempdir(), "pycache"))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and self.process is not None:
+                self.stop()
+        finally:
+            self.end_all()
+
+    def interpreter(self) -> list[str]:
+        return [*self.before, *super().interpreter()]
+
+    def clean(self) -> None:
+        self.end_all()
+
+    def run(self, path: str) -> tuple[float, str]:
+        """Run a workflow file to its end: seconds as a whole process, and the id of the run."""
+        seconds, output = timed([*PROGRAM, "run", "-q", path], self.environ)
+        return seconds, output.strip()
+
+    def check_run(self, run_id: str, graph: Graph) -> None:
+        """Raises WrongResult unless each step ran once and succeeded, and the log replays."""
+        with journal.open_log(self.home.run(run_id), run_id) as file:
+            exits: list[AttemptExited] = []
+            run, difference = decide.replay(_noting(journal.Reading(file, run_id), exits))
+        if difference is not None:
+            raise WrongResult(f"run {run_id} does not replay: {difference}")
+        if run.state is not RunState.SUCCEEDED:
+            raise WrongResult(f"run {run_id} is {run.state.value}")
+        if Counter(exit.step for exit in exits) != Counter(step.id for step in graph):
+            raise WrongResult(f"run {run_id}: not each of its {len(graph)} steps ran exactly once")
+
+    def hello(self) -> dict[str, Any]:
+        return self.request("hello", **HELLO)
+
+    def figure(self, field: str) -> int:
+        """A number of /proc/<pid>/status: VmRSS and VmHWM are KiB."""
+        with open(f"/proc/{self.pid}/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
+
+    def cpu_sec(self) -> float:
+        """Processor time of the daemon alone, in nanoseconds that are exact, unlike the ticks of /proc/<pid>/stat."""
+        # This is what clock_getcpuclockid(3) returns for a process on Linux.
+        return time.clock_gettime((~self.pid << 3) | 2)
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+
+def _noting(lines: Iterable[Line], exits: list[AttemptExited]) -> Iterator[Line]:
+    for line in lines:
+        if isinstance(line.event, AttemptExited):
+            exits.append(line.event)
+        yield line
+
+
+# -- their side --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """Something that runs commands too. `plan` writes the graph into a directory and returns the command to run in it.
+
+    knows_order  False: it takes a list of commands, which is less than a graph
+    """
+
+    name: str
+    plan: Callable[[str, Graph, int], list[str]]
+    knows_order: bool = True
+
+
+def _ninja(directory: str, graph: Graph, parallel: int) -> list[str]:
+    rules = {command: f"run{number}" for number, command in enumerate(dict.fromkeys(step.command for step in graph))}
+    heads = [f"rule {rule}\n  command = {command}" for command, rule in rules.items()]
+    # The outputs are never made, so each run runs all.
+    builds = [f"build {step.id}: {rules[step.command]} {' '.join(step.needs)}" for step in graph]
+    _write(directory, "build.ninja", [*heads, *builds])
+    return ["ninja", f"-j{parallel}"]
+
+
+def _make(directory: str, graph: Graph, parallel: int) -> list[str]:
+    names = " ".join(step.id for step in graph)
+    rules = [f"{step.id}: {' '.join(step.needs)}\n\t@{step.command}" for step in graph]
+    _write(directory, "Makefile", [f"all: {names}", f".PHONY: all {names}", *rules])
+    return ["make", f"-j{parallel}"]
+
+
+def _xargs(directory: str, graph: Graph, parallel: int) -> list[str]:
+    _write(directory, "list", [step.command for step in graph])
+    return ["xargs", "-a", "list", "-d", "\\n", "-P", str(parallel), "-n", "1", "/bin/sh", "-c"]
+
+
+def _parallel(directory: str, graph: Graph, parallel: int) -> list[str]:
+    _write(directory, "list", [step.command for step in graph])
+    return ["parallel", "-a", "list", f"-j{parallel}"]
+
+
+TOOLS = (
+    Tool("ninja", _ninja),
+    Tool("make", _make),
+    Tool("xargs", _xargs, knows_order=False),
+    Tool("parallel", _parallel, knows_order=False),
+)
+
+
+def _write(directory: str, name: str, lines: Sequence[str]) -> None:
+    with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def is_installed(name: str) -> bool:
+    """Is it there, and the one that is meant?"""
+    if shutil.which(name) is None:
+        return False
+    # moreutils has a `parallel` too, with other options; BSD xargs has no -a.
+    answer = subprocess.run([name, "--version"], capture_output=True, check=False).stdout
+    return name == "ninja" or answer.lstrip().startswith((b"GNU", name.encode() + b" (GNU"))
+
+
+def run_tool(tool: Tool, graph: Graph, parallel: int) -> float:
+    """The seconds that a tool takes for the graph."""
+    directory = tempfile.mkdtemp(prefix=f"{tool.name}-")
+    return timed(tool.plan(directory, graph, parallel), cwd=directory)[0]

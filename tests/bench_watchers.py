@@ -1,0 +1,136 @@
+"""The benchmark's case about watchers: does a run become slower when hundreds look on, and does each of them see it all?
+
+The watchers are connections of one other process, `python -m tests.bench_watchers SOCKET RUN_ID COUNT FILE`. It takes what
+has come every TICK_SEC, as terminals would that are redrawn so often: what the daemon does for them is to be measured, not
+what they do with it.
+
+The run's first step waits until all are there. The time is that from its end to the end of the run, by the log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+
+from tests.bench_results import ROUNDS, Options, WrongResult, ratio, rounds
+from tests.bench_runs import Found
+from tests.bench_subjects import Daemon, definition, fan_out
+from tests.daemon import DEADLINE_SEC, ROOT, until
+from wfd import protocol
+from wfd.events import AttemptExited, RunFinished
+
+# In so much time a run writes less than a socket holds: nobody who only waits for his turn is a slow reader.
+TICK_SEC = 0.02
+_RECEIVE_BYTES = 1 << 20
+_END = b'"event":"run_finished"'
+
+
+def watchers(options: Options) -> Found:
+    sizes = options.sizes
+    with Daemon() as daemon:
+        calls = {
+            "nobody": lambda: _watched_run(daemon, options, 0),
+            "watched": lambda: _watched_run(daemon, options, sizes.watchers),
+        }
+        times = rounds(calls, options.rounds or ROUNDS, warms_up=options.warms_up)
+        most = _watched_run(daemon, options, sizes.most_watchers)
+    yield ratio("watchers", "without them", times["watched"], times["nobody"])
+    # All of whom have seen it all, or we would not be here.
+    yield ratio("watchers", "without them, 1,000", [most], times["nobody"][-1:])
+
+
+def _watched_run(daemon: Daemon, options: Options, count: int) -> float:
+    graph, gate = fan_out(options.sizes.steps, until("gate")), f"{daemon.directory}/gate"
+    run_id = daemon.submit(**definition(graph, 16))  # type: ignore[arg-type]
+    with _crowd(daemon, run_id, count) if count else nullcontext():
+        daemon.touch("gate")
+        daemon.wait_for(run_id, "SUCCEEDED")
+    os.rename(gate, f"{gate}-{run_id}")
+    daemon.check_run(run_id, graph)
+    lines = daemon.events(run_id)
+    begin_ms = next(line.mono_ms for line in lines if isinstance(line.event, AttemptExited) and line.event.step == "first")
+    return (next(line.mono_ms for line in lines if isinstance(line.event, RunFinished)) - begin_ms) / 1000
+
+
+@contextmanager
+def _crowd(daemon: Daemon, run_id: str, count: int) -> Iterator[None]:
+    """The other process, from when all its watchers are answered until they have seen the run's end. Raises WrongResult."""
+    path = os.path.join(tempfile.mkdtemp(prefix="stream-"), "stream")
+    command = [sys.executable, "-m", "tests.bench_watchers", daemon.socket_path, run_id, str(count), path]
+    crowd = subprocess.Popen(command, cwd=ROOT, env=daemon.environ, stdout=subprocess.PIPE)
+    try:
+        assert crowd.stdout is not None
+        if crowd.stdout.readline() != b"ready\n":
+            raise WrongResult(f"not all of {count} watchers were answered")
+        yield
+        if crowd.wait(DEADLINE_SEC) != 0:
+            raise WrongResult(f"not each of {count} watchers has seen each event of run {run_id}")
+    finally:
+        crowd.kill()
+        crowd.communicate()
+    with open(path, "rb") as frames, open(daemon.home.run(run_id).events, "rb") as log:
+        if [protocol.line_of(frame[:-1]) + b"\n" for frame in frames] != list(log):
+            raise WrongResult(f"what the watchers of run {run_id} have seen is not its log")
+
+
+# -- the other process -------------------------------------------------------------------------------------------------
+
+
+def main(socket_path: str, run_id: str, count: str, path: str) -> int:
+    """Be the watchers. When all have been answered, say so; when all have come to the run's end, write what they have seen
+    to a file. Raises WrongResult when one of them has seen something else than another."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # What they have seen, and how far each has come in it.
+    stream, places = bytearray(), dict[socket.socket, int]()
+    for _ in range(int(count)):
+        watcher, begun = _watch(socket_path, run_id)
+        places[watcher] = _take(stream, 0, begun)
+    print("ready", flush=True)
+    while places and not (_is_whole(stream) and min(places.values()) == len(stream)):
+        time.sleep(TICK_SEC)
+        for watcher, place in places.items():
+            with suppress(BlockingIOError):
+                places[watcher] = _take(stream, place, watcher.recv(_RECEIVE_BYTES) or b"\0")
+    with open(path, "wb") as file:
+        file.write(stream)
+    return 0
+
+
+def _watch(socket_path: str, run_id: str) -> tuple[socket.socket, bytes]:
+    """A connection that watches, and what has come behind the answer."""
+    watcher, received = socket.socket(socket.AF_UNIX), b""
+    watcher.connect(socket_path)
+    watcher.sendall(protocol.request("watch", {"run_id": run_id, "from_seq": 1}))
+    while b"\n" not in received:
+        received += watcher.recv(_RECEIVE_BYTES)
+    answer, _, begun = received.partition(b"\n")
+    if "result" not in json.loads(answer):
+        raise WrongResult(f"the daemon answered {answer!r}")
+    watcher.setblocking(False)
+    return watcher, begun
+
+
+def _take(stream: bytearray, place: int, data: bytes) -> int:
+    """What has come to a watcher at its place in the stream: its new place."""
+    known = min(len(data), len(stream) - place)
+    if not stream.startswith(data[:known], place):
+        raise WrongResult(f"after {place} bytes a watcher has seen {data[:200]!r}")
+    stream += data[known:]
+    return place + len(data)
+
+
+def _is_whole(stream: bytearray) -> bool:
+    return stream.endswith(b"\n") and _END in stream[stream.rfind(b"\n", 0, -1) + 1 :]
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

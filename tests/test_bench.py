@@ -1,0 +1,201 @@
+"""The benchmark, made little: every case gives its figures, what is wrong is noticed, the table says what was measured."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import unittest
+from unittest import mock
+
+from tests import bench, bench_profile, bench_runs, bench_watchers, logs
+from tests.bench_results import BARS, Options, Result, Sizes, Skipped, WrongResult, rate, ratio, rounds
+from tests.bench_runs import RACES, Race
+from tests.bench_subjects import Daemon, chain, fan_out, layers, loose
+from wfd.events import StepSucceeded
+
+LITTLE = Sizes(
+    fan_out=3, layers=2, layer_steps=2, chain=2, sleeps=2, steps=3, steps_10k=5, steps_100k=4, runs=2, run_steps=4,
+    traced_runs=2, finished=3, unfinished=2, watchers=2, most_watchers=3, live_steps=2, settle_sec=0, idle_sec=0.05,
+)  # fmt: skip
+# Cases that are others with other numbers.
+MORE_OF_THE_SAME = frozenset({"fan-out-2", "layers", "layers-2", "sleep", "100k"})
+
+
+class LittleTest(unittest.TestCase):
+    """A test with a place for the files of the benchmark."""
+
+    def setUp(self) -> None:
+        self.options = Options(self.enterContext(bench.place()), rounds=1, sizes=LITTLE, warms_up=False)
+
+
+class Cases(LittleTest):
+    def test_each_gives_its_figures(self) -> None:
+        names = [name for name in bench.CASES if name not in MORE_OF_THE_SAME]
+        found = list(bench.measure(names, self.options))
+        self.assertEqual({each.case for each in found}, set(names))
+        skipped = {each.case for each in found if isinstance(each, Skipped)}
+        results = [each for each in found if isinstance(each, Result)]
+        wanted = {(case, figure) for case, figure in BARS if case in names and case not in skipped}
+        self.assertEqual(wanted - {(each.case, each.figure) for each in results}, set())
+        for each in results:
+            with self.subTest(case=each.case, figure=each.figure):
+                self.assertGreaterEqual(min(each.values), 0)
+                self.assertEqual(len(each.values), 1)
+
+    def test_each_bar_has_a_case(self) -> None:
+        self.assertEqual({case for case, _ in BARS}, bench.CASES.keys())
+        for case, race in RACES.items():
+            self.assertIn((case, f"ninja -j{race.parallel}"), BARS)
+
+    def test_where_nothing_else_is_installed(self) -> None:
+        with mock.patch.dict(os.environ, {"PATH": self.options.base}):
+            found = [*bench_runs.disk(self.options), *bench_runs.race("chain", self.options)]
+        self.assertEqual({(type(each), each.case) for each in found}, {(Skipped, "disk"), (Skipped, "chain")})
+        self.assertIn("chain        skipped: ninja is not installed", [each.row() for each in found])
+
+
+class Profile(LittleTest):
+    def test_it_says_where_the_time_went(self) -> None:
+        found = {each.figure: each for each in bench_profile.profile("chain", self.options)}
+        parts = {f"profile: {part}" for part in ("spawn", "attempt files", "fsync", "encode", "fold", "wait", "the rest")}
+        self.assertEqual(parts - found.keys(), set())
+        self.assertTrue(found["profile: spawn"].note.endswith(", 1.0 calls"), found["profile: spawn"])
+
+    def test_a_part_has_no_time_of_those_that_it_calls(self) -> None:
+        with mock.patch("time.perf_counter_ns", iter(range(0, 1000, 10)).__next__):
+            clock = bench_profile.Clock()
+            clock.turn_to(bench_profile.REST)
+            inner = clock.wrapped("inner", lambda: None)
+            clock.wrapped("outer", lambda: [inner(), inner()])()
+        self.assertEqual(clock.spent_ns, {bench_profile.IDLE: 10, bench_profile.REST: 10, "outer": 30, "inner": 20})
+        self.assertEqual(clock.calls, {"outer": 1, "inner": 2})
+
+
+class Wrong(LittleTest):
+    """A time that means nothing is not shown."""
+
+    def test_a_step_that_fails(self) -> None:
+        with (
+            mock.patch.dict(RACES, {"wrong": Race(lambda sizes: loose(2, "false"), 2)}),
+            self.assertRaisesRegex(WrongResult, "run -q .* ended with 1"),
+        ):
+            list(bench_runs.race("wrong", self.options))
+
+    def test_a_log_that_tells_of_something_else(self) -> None:
+        workflow = logs.workflow(logs.step("s0", retries=1, backoff={"initial_sec": 0}), logs.step("s1", "s0"))
+        forged = [
+            line._replace(event=line.event._replace(cause=1)) if isinstance(line.event, StepSucceeded) else line
+            for line in logs.complete(workflow, run_id="forged").lines
+        ]
+        cases = {
+            "good": (logs.complete(workflow, run_id="good").data, ""),
+            "forged": (logs.encode(forged, "forged"), "does not replay"),
+            "begun": (logs.Log(workflow, "begun").data, "is RUNNING"),
+            "again": (logs.complete(workflow, {"s0": [1]}, "again").data, "not each of its 2 steps ran exactly once"),
+        }
+        daemon = Daemon()
+        os.mkdir(daemon.home.directory, 0o700)
+        home = logs.home(daemon.home.directory)
+        for run_id, (data, why) in cases.items():
+            logs.save(home, data, run_id)
+            with self.subTest(run_id), self.assertRaisesRegex(WrongResult, why) if why else contextlib.nullcontext():
+                daemon.check_run(run_id, chain(2))
+
+    def test_a_watcher_that_sees_something_else(self) -> None:
+        stream = bytearray(b"one\ntwo\n")
+        self.assertEqual(bench_watchers._take(stream, 4, b"two\nthree\n"), 14)
+        self.assertEqual(stream, b"one\ntwo\nthree\n")
+        with self.assertRaises(WrongResult):
+            bench_watchers._take(stream, 4, b"too\n")
+
+    def test_the_command_ends_with_1(self) -> None:
+        def wrong(options: Options) -> bench_runs.Found:
+            raise WrongResult("nothing was right")
+            yield
+
+        with (
+            mock.patch.dict(bench.CASES, {"wrong": ("", wrong)}),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()) as stderr,
+        ):
+            self.assertEqual(bench.main(["wrong"]), 1)
+            with self.assertRaises(SystemExit):
+                bench.main(["unknown"])
+        self.assertIn("bench: nothing was right\n", stderr.getvalue())
+
+
+class Table(unittest.TestCase):
+    FOUND = (
+        ratio("chain", "ninja -j1", [0.2, 0.3, 0.9], [0.1, 0.1, 0.1]),
+        rate("log", "recovery", [0.4], [0.1]),
+        Result("idle", "wake-ups", "", [0]),
+        Skipped("chain", "make is not installed"),
+        Result("chain", "profile: spawn", "ms", [0.4], note="52.0%, 1.0 calls"),
+    )
+
+    def test_rows(self) -> None:
+        rows = [each.row() for each in self.FOUND]
+        self.assertEqual(rows, [
+            "chain        ninja -j1                    3.00 x   2.00 to 9.00       bar <= 2 MISSED    300 ms / 100 ms",
+            "log          recovery                    25.00 %                      bar >= 45 MISSED   400 ms / 100 ms",
+            "idle         wake-ups                     0.00                        bar <= 0 met",
+            "chain        skipped: make is not installed",
+            "chain        profile: spawn               0.40 ms                                        52.0%, 1.0 calls",
+        ])  # fmt: skip
+
+    def test_what_is_printed_and_written(self) -> None:
+        with bench.place() as base, contextlib.redirect_stdout(io.StringIO()) as stdout:
+            path = f"{base}/figures.json"
+            self.assertEqual(bench.show({"cores": 2}, iter(self.FOUND), path), 0)
+            with open(path, encoding="utf-8") as file:
+                written = json.load(file)
+        self.assertEqual(stdout.getvalue().splitlines(), ["cores:       2", *(each.row() for each in self.FOUND)])
+        self.assertEqual(written["machine"], {"cores": 2})
+        self.assertEqual(written["skipped"], [{"case": "chain", "why": "make is not installed"}])
+        chain = written["results"][0]
+        self.assertEqual((chain["case"], chain["figure"], chain["unit"]), ("chain", "ninja -j1", "x"))
+        self.assertEqual([round(value) for value in chain["values"]], [2, 3, 9])
+        self.assertEqual((chain["bar"], chain["is_met"]), ({"limit": 2.0, "goal": 1.4, "is_floor": False}, False))
+        self.assertEqual([each["is_met"] for each in written["results"]], [False, False, True, None])
+
+    def test_the_machine(self) -> None:
+        self.assertEqual(
+            list(bench.machine("/")), ["cpu", "cores", "kernel", "python", "file_system", "load"]
+        )
+
+
+class Rounds(unittest.TestCase):
+    def test_calls_take_turns_and_the_first_round_is_not_counted(self) -> None:
+        called: list[str] = []
+
+        def call(name: str) -> float:
+            called.append(name)
+            return float(len(called))
+
+        times = rounds({"a": lambda: call("a"), "b": lambda: call("b")}, 2, warms_up=True)
+        self.assertEqual((called, times), (["a", "b"] * 3, {"a": [3, 5], "b": [4, 6]}))
+
+    def test_graphs(self) -> None:
+        for graph, count, edges in ((fan_out(3), 5, 6), (layers(3, 4), 12, 32), (chain(3), 3, 2), (loose(3, "true"), 3, 0)):
+            self.assertEqual((len(graph), sum(len(step.needs) for step in graph)), (count, edges))
+            known = {step.id for step in graph}
+            self.assertEqual(len(known), count)
+            self.assertTrue(all(known.issuperset(step.needs) for step in graph))
+
+    def test_turns_of_a_trace(self) -> None:
+        turns = bench_runs.syncs_by_turn([
+            "fsync(5</h/live>) = 0\n",
+            "epoll_wait(4<anon_inode:[eventpoll]>, [{...}], 7, 24) = 1\n",
+            "fsync(12</h/runs/r1/events.ndjson>)   = 0\n",
+            "--- SIGCHLD {si_signo=SIGCHLD, ...} ---\n",
+            "fdatasync(12</h/runs/r1/events.ndjson>) = 0\n",
+            "fsync(13</h/runs/r2/events.ndjson>) = -1 EIO (Input/output error)\n",
+            "epoll_pwait(4<anon_inode:[eventpoll]>, [], 7, 0, NULL, 8) = 0\n",
+        ])  # fmt: skip
+        self.assertEqual(turns, [{"/h/live": 1}, {"/h/runs/r1/events.ndjson": 2}, {}])
+
+
+if __name__ == "__main__":
+    unittest.main()
