@@ -707,9 +707,13 @@ class Supervisor:
         try:
             again_ms = None if rebooted else attempt.look(self.now_ms, in_grace=self._is_in_grace(live, record))
             if again_ms is None:
-                attempt.settle(is_ending=live.run.ending_since_ms(record) is not None, rebooted=rebooted)
-                self._over(live, record, attempt)
-                return
+                is_ending = live.run.ending_since_ms(record) is not None
+                if not is_ending or not live.journal.has_pending:
+                    attempt.settle(is_ending=is_ending, rebooted=rebooted)
+                    self._over(live, record, attempt)
+                    return
+                # What ends it is of this very turn. Nothing was done about it yet, and if the commit fails it never was.
+                again_ms = 1
         except OSError as error:
             self._stall(live, f"step {record.step.id!r} cannot be looked at: {error.strerror or error}")
             again_ms = RETRY_MS
