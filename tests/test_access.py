@@ -390,7 +390,7 @@ class ReusedNumbers(unittest.TestCase):
         with Daemon() as daemon:
             daemon.kill()
             for log in made:
-                write_status(plant(daemon, log), 1, "a", f"status 1\npid {stranger.pid}\n")
+                write_status(plant(daemon.home, log), 1, "a", f"status 1\npid {stranger.pid}\n")
             daemon.start()
             for log, (is_this_boot, is_cancelled, why) in zip(made, self.CASES, strict=True):
                 with self.subTest(is_this_boot=is_this_boot, is_cancelled=is_cancelled):

@@ -6,24 +6,30 @@ to go on, never for time. Each block of a Daemon ends with a replay of all its l
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import selectors
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import unittest
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 from tests import counted, kills, logs
 from tests.daemon import Daemon, Refused, step, wait_until
 from tests.test_orphans import ARE_FOUND
 from tests.torn import CutLog, CutStatus, read_log, remove_attempts, status_of, wait_until_let_go, write_log
-from wfd import decide, journal, process, protocol, requests
+from wfd import decide, journal, process, protocol, requests, supervisor
 from wfd.events import StepStarted, SupervisorStarted
 from wfd.journal import Damaged
-from wfd.paths import RunFiles
+from wfd.paths import Home, RunFiles
 
 COUNT = 'echo x >> "ran.$WFD_STEP_ID"; '
 # Which process of an attempt is which: the shim leads the group, the command is its child.
@@ -449,7 +455,7 @@ class AnotherBoot(unittest.TestCase):
         with Daemon() as daemon, subprocess.Popen(["sleep", "600"], start_new_session=True) as stranger:
             try:
                 daemon.kill()
-                files = plant(daemon, log)
+                files = plant(daemon.home, log)
                 for ordinal, name, rest in ((1, "running", ""), (2, "ended", "exit 7\n"), (5, "on-lost", "exit")):
                     write_status(files, ordinal, name, f"status 1\npid {stranger.pid}\n{rest}")
                 write_status(files, 3, "began-not", "status 1\n")
@@ -479,7 +485,7 @@ class AnotherBoot(unittest.TestCase):
         log.time_out("c").cancel()
         with Daemon() as daemon:
             daemon.kill()
-            files = plant(daemon, log)
+            files = plant(daemon.home, log)
             write_status(files, 1, "a", "status 1\npid 99999999\n")
             daemon.start()
             self.assertEqual(daemon.wait_for(log.run_id).state, "CANCELLED")
@@ -487,13 +493,46 @@ class AnotherBoot(unittest.TestCase):
                 self.assertEqual([event.name for event in facts_of(daemon, log.run_id, name)][-1], "attempt_exited")
 
 
-def plant(daemon: Daemon, log: logs.Log) -> RunFiles:
+class TestJudgement(unittest.TestCase):
+    """What an end is put down to."""
+
+    def test_what_ends_an_attempt_counts_when_it_is_durable(self) -> None:
+        """A reboot has ended it, its timeout passes in the very turn that finds that out, and the turn's batch fails."""
+        home = Home(self.enterContext(tempfile.TemporaryDirectory()))
+        for directory in (home.runs, home.live):
+            os.mkdir(directory)
+        log = logs.Log(logs.workflow(logs.step("a", timeout_sec=0.001, on_lost="fail")))
+        files = plant(home, log.start("a"))
+        write_status(files, 1, "a", "status 1\npid 99999999\n")
+        selector = self.enterContext(contextlib.closing(selectors.DefaultSelector()))
+        loop = supervisor.Supervisor(home, "", selector, "another boot", "host", 1)
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(loop.server.close_all)
+        loop.server.welcome(theirs)
+        ours.sendall(protocol.request("status", {"run_id": log.run_id}))
+        with mock.patch.multiple(supervisor, log=mock.DEFAULT, RETRY_MS=10):
+            # Taken over by a request, it is looked at in the turn after that; taken over at a start, in the first one.
+            loop.turn(loop.now_ms)
+            with mock.patch.object(journal, "sync", side_effect=OSError(errno.EIO, "Input/output error")):
+                loop.turn(loop.now_ms)
+            (live,) = loop.live.values()
+            self.assertEqual(live.stalled, "its log cannot be written: Input/output error")
+            wait_until(lambda: loop.turn(loop.now_ms) or not loop.live, "the end of the run")  # type: ignore[func-returns-value]
+        self.assertEqual(loop.quarantined, {})
+        with journal.open_log(files, log.run_id) as file:
+            run, difference = decide.replay(journal.Reading(file, log.run_id))
+        self.assertIsNone(difference)
+        self.assertEqual((run.steps[0].state.value, run.steps[0].reason), ("FAILED", "lost"))
+
+
+def plant(home: Home, log: logs.Log) -> RunFiles:
     """Put a made log where a daemon finds it at its start, of the form that a crash leaves."""
-    files = logs.save(daemon.home, log.data, log.run_id)
+    files = logs.save(home, log.data, log.run_id)
     environment = requests.Environment({"PATH": os.environ.get("PATH", os.defpath)}, 0o022, {})
     with open(files.environment, "wb") as file:
         file.write(environment.encode())
-    journal.mark_live(daemon.home, log.run_id)
+    journal.mark_live(home, log.run_id)
     return files
 
 

@@ -196,7 +196,7 @@ class Creation(OnDisk):
                 except OSError as error:
                     self.assertEqual(error.errno, errno.EIO)
                     self.assertEqual(logs.contents(self.home.directory), {"live": None, "runs": None})
-        self.assertEqual(turn, 6, "the marker, its directory, the environment, line 1, the run's directory, its name")
+        self.assertEqual(turn, 5, "the environment, line 1, the run's directory, the marker, the run's name")
 
     def test_a_crash_at_any_point_leaves_all_or_nothing_and_the_next_try_works(self) -> None:
         wholes = set()

@@ -28,20 +28,12 @@ from wfd.process import Attempt, Launch
 
 _ROOT = Path(__file__).parent.parent
 
-# Seeds far from the first that have shown a defect, which CHANGELOG tells, of the engine that this simulator runs.
-_ONCE_BROKEN = (2158244767,)
-
 
 class Histories(unittest.TestCase):
     """No promise is broken, whatever dies."""
 
     def test_random_histories(self) -> None:
         for seed in range(400):
-            report = simulate(seed)
-            self.assertEqual(report.problem, "", f"python -m tests.simulation --seed {seed} --verbose")
-
-    def test_those_that_were_broken_once(self) -> None:
-        for seed in _ONCE_BROKEN:
             report = simulate(seed)
             self.assertEqual(report.problem, "", f"python -m tests.simulation --seed {seed} --verbose")
 

@@ -289,6 +289,7 @@ class Journal:
         self._fd = fd
         self._seed = events.seed(run_id)
         self._pending: list[bytes] = []
+        self._written = b""
         self._must_move = False
         self.seq = self.durable = seq
         self.size = size
@@ -302,29 +303,43 @@ class Journal:
 
     @property
     def has_pending(self) -> bool:
-        return bool(self._pending)
+        return bool(self._pending or self._written)
 
-    def commit(self) -> bytes:
-        """Make the batch durable: one write, one fsync. Returns its bytes.
+    def write(self) -> None:
+        """Write the batch without waiting for the disk: `commit` then has only to sync it. Logs that are all written before
+        the first of them is synced share the file system's work (0.10 instead of 0.13 ms each on our ext4).
 
-        Raises CommitFailed; the batch is then discarded, and the caller must fold its state again from `refold`."""
+        Raises CommitFailed, as `commit` does."""
         # Its lines are let go of at once: those of ten thousand steps that become READY are megabytes.
         batch, self._pending = b"".join(self._pending), []
         try:
             if self._must_move:
                 self._move_to_new_inode()
             self._write(batch)
+        except OSError as error:
+            self.discard()
+            raise CommitFailed(error) from error
+        self._written += batch
+
+    def commit(self) -> bytes:
+        """Make the batch durable: one write, if that is not done, and one fsync. Returns its bytes.
+
+        Raises CommitFailed; the batch is then discarded, and the caller must fold its state again from `refold`."""
+        if self._pending:
+            self.write()
+        try:
             self._sync()
         except OSError as error:
             self.discard()
             raise CommitFailed(error) from error
+        batch, self._written = self._written, b""
         self.durable = self.seq
         self.size += len(batch)
         return batch
 
     def discard(self) -> None:
         """Drop the batch."""
-        self._pending = []
+        self._pending, self._written = [], b""
         self.seq = self.durable
 
     def refold(self) -> Run:
@@ -383,15 +398,18 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
     fd = -1
     made = building.directory
     try:
+        # All is made and written before the first sync: a journalling file system then commits it at once, and the syncs
+        # that follow find less to do (0.83 instead of 0.98 ms on our ext4).
         mark_live(home, run_id)
         os.mkdir(building.directory, 0o700)
         os.mkdir(building.attempts, 0o700)
-        _write_file(building.environment, environment)
         line = events.encode(Line(1, at, mono_ms, 0, first), events.seed(run_id))
         fd = _create_log(building.events)
         _write_all(fd, line)
+        _write_file(building.environment, environment)
         sync(fd)
         sync_directory(building.directory)
+        sync_directory(home.live)
         os.rename(building.directory, files.directory)
         made = files.directory
         sync_directory(home.runs)
@@ -438,9 +456,9 @@ def recover(home: Home, run_id: str) -> tuple[Journal, Run, int, str | None]:
 
 
 def mark_live(home: Home, run_id: str) -> None:
-    """Put the run on the list of those that a start-up looks at. Raises OSError."""
-    _write_file(f"{home.live}/{run_id}", b"")
-    sync_directory(home.live)
+    """Put the run on the list of those that a start-up looks at. Raises OSError. The marker has no content that could be
+    lost; its name is durable when `create` or `recover` has returned."""
+    os.close(_open_new(f"{home.live}/{run_id}"))
 
 
 def unmark_live(home: Home, run_id: str) -> None:
@@ -516,14 +534,18 @@ def _create_log(path: str) -> int:
 
 def _write_file(path: str, data: bytes) -> None:
     """A small file, durable once its directory is. Raises OSError."""
-    # O_NONBLOCK: as in open_plain.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(path, flags, 0o600)
+    fd = _open_new(path)
     try:
         _write_all(fd, data)
         sync(fd)
     finally:
         os.close(fd)
+
+
+def _open_new(path: str) -> int:
+    # O_NONBLOCK: as in open_plain.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.open(path, flags, 0o600)
 
 
 def _write_all(fd: int, data: bytes) -> None:

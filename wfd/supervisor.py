@@ -3,7 +3,7 @@
     while running:
         inputs = wait(until the next deadline)          # requests, dead children, timers: drain all of them
         write events, deciding after each fact          # in memory only
-        commit: one write and one fsync per touched run # nothing is durable before, so nothing is done before
+        commit: one write, then one fsync for each run  # nothing is durable before, so nothing is done before
         act from the state: spawn, signal; then reply; then feed the watchers
 
 Rules
@@ -166,6 +166,8 @@ class Supervisor:
         self._start_steps()
         touched, self._touched = self._touched, {}
         for live in touched.values():
+            self._guard(live, self._write_batch)
+        for live in touched.values():
             self._guard(live, self._commit)
             self._guard(live, self._act)
             self._guard(live, self._let_go_if_over)
@@ -294,14 +296,21 @@ class Supervisor:
         self._begin_session(live)
         self._look_at_all(live)
 
+    def _write_batch(self, live: LiveRun) -> None:
+        if live.journal.has_pending:
+            try:
+                live.journal.write()
+            except CommitFailed as error:
+                self._after_failed_commit(live, error)
+
     def _commit(self, live: LiveRun) -> None:
-        if not live.journal.has_pending:
+        if live.journal.has_pending:
+            try:
+                self._commit_batch(live)
+            except CommitFailed as error:
+                self._after_failed_commit(live, error)
+        else:
             self._unstall(live)
-            return
-        try:
-            self._commit_batch(live)
-        except CommitFailed as error:
-            self._after_failed_commit(live, error)
         live.cancel_request = live.retry_request = None
         slots = len(live.run.running)
         self._running += slots - live.slots
