@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 def follow(home: Home, run_id: str, view: View, from_seq: int = 1, revives: bool = False) -> str:
     """Show a run to its end, and return its end state. With `revives` a daemon that crashes is started again.
     Raises BrokenPipeError when nobody reads what is shown, and what Watch raises."""
-    watch = Watch(home, run_id, from_seq, TICK_SEC, view.wait, revives)
+    watch = Watch(home, run_id, from_seq, TICK_SEC, view.wait, revives, only_end=type(view) is View)
     for line in watch:
         if line is None:
             check_reader()

@@ -30,7 +30,8 @@ class Watch:
 
     Iterating waits. With `tick_sec` it also yields None whenever so much time passed without a line. While no daemon
     answers, or it has no room to take the run over, it reads the log, tells `on_wait` why once, and waits. With `revives`
-    it starts one when the last one has crashed. With `deadline_sec` (of the monotonic clock) no question is waited for any
+    it starts one when the last one has crashed. With `only_end` it does not ask the daemon for the lines on the way, and of
+    what it yields only `state` means anything. With `deadline_sec` (of the monotonic clock) no question is waited for any
     longer, and iterating ends then, with `state` None.
     Raises NoSuchRun, RunDamaged, DaemonUnavailable while iterating."""
 
@@ -43,6 +44,7 @@ class Watch:
         on_wait: Callable[[str], None] = client.ignore,
         revives: bool = False,
         deadline_sec: float | None = None,
+        only_end: bool = False,
     ) -> None:
         self._home = home
         self._run_id = run_id
@@ -51,6 +53,7 @@ class Watch:
         self._on_wait = on_wait
         self._revives = revives
         self._deadline_sec = deadline_sec
+        self._only_end = only_end
         self._why = _NOBODY
         self._refusal = ""
         self.next_seq = from_seq
@@ -112,8 +115,12 @@ class Watch:
     def _from_daemon(self, connection: Connection) -> Iterator[Line | None]:
         """The lines that the daemon sends, until the run is over or the daemon is gone."""
         try:
-            reply = connection.ask("watch", {"run_id": self._run_id, "from_seq": self.next_seq})
-            yield from self._stream(connection, str(reply["state"]), reply["last_seq"])
+            params = {"run_id": self._run_id, "from_seq": self.next_seq, "only_end": self._only_end}
+            reply = connection.ask("watch", params)
+            if self._only_end:
+                yield from self._await_end(connection, str(reply["state"]))
+            else:
+                yield from self._stream(connection, str(reply["state"]), reply["last_seq"])
         except ReadTheLog:
             yield from self._from_log()
         except Refused as error:
@@ -144,6 +151,15 @@ class Watch:
                 yield line
         self.state = state
 
+    def _await_end(self, connection: Connection, state: str) -> Iterator[Line | None]:
+        while state not in END_STATES:
+            raw = connection.receive(self._tick_sec)
+            line = None if raw is None else self._line_of(raw, None)
+            if line is not None and isinstance(line.event, RunFinished):
+                state = self._end_in(line, line.event)
+            yield line
+        self.state = state
+
     def _look_at_log(self) -> tuple[int, int, int] | None:
         """Changes when the log does."""
         try:
@@ -164,21 +180,22 @@ class Watch:
                 yield line
         self.state = state
 
-    def _line_of(self, frame: bytes, expected: int) -> Line:
-        """The line `expected` in a notification, proved by its own checksum: the daemon passes on what its disk gives it."""
+    def _line_of(self, frame: bytes, expected: int | None) -> Line:
+        """The line `expected` (None: any) in a notification, proved by its own checksum: the daemon passes on what its disk
+        gives it."""
         try:
             raw = protocol.line_of(frame)
         except protocol.ProtocolError as error:
             raise DaemonUnavailable(f"the daemon's answer cannot be read: {error}") from None
         if not events.checks(raw, self._seed):
-            raise self._damaged(f"line {expected} is not whole")
+            raise self._damaged(f"line {expected or 'of its end'} is not whole")
         try:
             line = events.decode(raw)
         except events.InvalidEvent as error:
             from wfd import journal
 
-            raise RunDamaged(str(journal.refusal(self._run_id, expected, error))) from None
-        if line.seq != expected:
+            raise RunDamaged(str(journal.refusal(self._run_id, expected or self.next_seq, error))) from None
+        if expected is not None and line.seq != expected:
             raise self._damaged(f"line {line.seq} comes where line {expected} should be")
         return line
 

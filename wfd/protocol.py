@@ -14,7 +14,8 @@ Methods and params (all of params are required unless marked ?):
     list      {}                                           -> {"runs":[…]}     the live ones; the others are on disk
     cancel    {"run_id":…,"request":…}                     -> {"run_id":…,"state":…}
     retry     {"run_id":…,"request":…}                     -> {"run_id":…,"state":…}
-    watch     {"run_id":…,"from_seq":1}                    -> {"run_id":…,"state":…,"last_seq":…}, then the events
+    watch     {"run_id":…,"from_seq":1,"only_end"?:false}  -> {"run_id":…,"state":…,"last_seq":…}, then the events
+                                                              (only_end: only the one that ends the run, if that is to come)
     shutdown  {"cancel_runs"?:false}                       -> {}               and the daemon ends
 
 A request that changes something carries an id that the client made (`run_id`, `request`), so that repeating it changes
@@ -86,7 +87,7 @@ PARAMS: dict[str, dict[str, tuple[type, bool]]] = {
     "list": {},
     "cancel": {"run_id": (str, False), "request": (str, False)},
     "retry": {"run_id": (str, False), "request": (str, False)},
-    "watch": {"run_id": (str, False), "from_seq": (int, False)},
+    "watch": {"run_id": (str, False), "from_seq": (int, False), "only_end": (bool, True)},
     "shutdown": {"cancel_runs": (bool, True)},
 }
 

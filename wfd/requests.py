@@ -286,8 +286,8 @@ def _watch(supervisor: Supervisor, connection: Connection, params: dict[str, obj
         _check_finished(supervisor, run_id)
     from_seq = params["from_seq"]
     assert isinstance(from_seq, int)
-    files = supervisor.home.run(run_id)
-    offset = journal.offset_of(files, run_id, from_seq)
+    files, only_end = supervisor.home.run(run_id), bool(params.get("only_end"))
+    offset = 0 if only_end else journal.offset_of(files, run_id, from_seq)
 
     def begin() -> dict[str, object]:
         live = supervisor.live.get(run_id)
@@ -296,7 +296,7 @@ def _watch(supervisor: Supervisor, connection: Connection, params: dict[str, obj
         else:
             last = journal.last_line(files, run_id)
             end, last_seq = os.stat(files.events).st_size, last.seq if last is not None else 0
-        supervisor.watchers.add(connection, run_id, offset, end)
+        supervisor.watchers.add(connection, run_id, offset, end, only_end=only_end)
         return {"run_id": run_id, "state": _state_of(supervisor, run_id), "last_seq": last_seq}
 
     return None, begin

@@ -325,7 +325,7 @@ class Supervisor:
         if live.is_session_durable:
             live.torn_bytes, live.kept_as = 0, None
         self._unstall(live)
-        self.watchers.committed(Batch(live.run.run_id, start, batch))
+        self.watchers.committed(Batch(live.run.run_id, start, batch, is_end=live.run.is_over))
 
     def _after_failed_commit(self, live: LiveRun, error: CommitFailed) -> None:
         """The batch is gone: take the state from the disk. A cancel gets a second try in the room of the reserve."""
