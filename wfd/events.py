@@ -301,20 +301,15 @@ _OPTIONAL: dict[type[Event], frozenset[str]] = {
 _ENVELOPE: dict[str, type] = {"seq": int, "at": str, "mono_ms": int, "durable": int, "event": str}
 
 
-class _Shape(Value):
-    """One of the forms that the lines of an event may have: each optional field is there or it is not. All are of the
-    line's values, envelope and crc included, with a None behind them.
-
-    types    theirs
-    numbers  picks the whole numbers
-    own      picks the event's fields, and the None for those that are not there
-    """
-
-    __slots__ = ()
-    event: type[Event]
-    types: tuple[type, ...]
-    numbers: Callable[[Sequence[object]], tuple[int, ...]]
-    own: Callable[[Sequence[object]], tuple[object, ...]]
+# One of the forms that the lines of an event may have: each optional field is there or it is not. The event; and of the
+# line's values, envelope and crc included, with a None behind them: their types, what picks the whole numbers, and what
+# picks the event's fields, with the None for those that are not there.
+_Shape = tuple[
+    type[Event],
+    tuple[type, ...],
+    Callable[[Sequence[object]], tuple[int, ...]],
+    Callable[[Sequence[object]], tuple[object, ...]],
+]
 
 
 def _shapes(event: type[Event]) -> Iterator[tuple[tuple[str, ...], _Shape]]:
@@ -327,7 +322,7 @@ def _shapes(event: type[Event]) -> Iterator[tuple[tuple[str, ...], _Shape]]:
         places = (len(_ENVELOPE) + names.index(name) if name in names else -1 for name in event._fields)
         # Whatever has gaps has two fields or more, so that itemgetter gives a tuple.
         own = itemgetter(slice(len(_ENVELOPE), -2)) if all(is_there) else itemgetter(*places)
-        yield (*_ENVELOPE, *names, "crc"), _Shape(event, types, numbers, own)
+        yield (*_ENVELOPE, *names, "crc"), (event, types, numbers, own)
 
 
 # So the names, their order and their types cost two look-ups and one comparison a line: reading logs is mostly this.
@@ -383,10 +378,11 @@ def decode(raw: bytes) -> Line:
     if type(record) is not dict or end != len(text):
         raise InvalidEvent("not a JSON object")
     name = record.get("event")
-    shape = _SHAPES[name].get(tuple(record)) if type(name) is str and name in _SHAPES else None
+    shapes = _SHAPES.get(name) if type(name) is str else None
+    shape = None if shapes is None else shapes.get(tuple(record))
     if shape is None:
         raise InvalidEvent(_flaw(record))
-    event, types, numbers, own = shape.event, shape.types, shape.numbers, shape.own
+    event, types, numbers, own = shape
     values = (*record.values(), None)
     if tuple(map(type, values)) != types or min(numbers(values)) < 0:
         raise InvalidEvent(_flaw(record))
@@ -394,8 +390,7 @@ def decode(raw: bytes) -> Line:
     if event is RunSubmitted or event is SupervisorStarted:
         fields = _checked(event, record)
     # The shape has proved what Value would count.
-    seq, at, mono_ms, durable = values[:4]
-    return _new(Line, (seq, at, mono_ms, durable, _new(event, fields)))
+    return _new(Line, (*values[:4], _new(event, fields)))
 
 
 def _checked(event: type[Event], record: dict[str, object]) -> tuple[object, ...]:

@@ -126,7 +126,7 @@ class Reading:
                 return
             if line.durable > seq:
                 raise Damaged(self._run_id, f"line {line.seq} says that line {line.durable} was durable before it")
-            self.seq = seq = line.seq
+            self.seq = seq = seq + 1
             self.end += len(raw)
             yield line
         if self.seq == 0:

@@ -298,7 +298,7 @@ class Run:
         record = self.steps[index]
         kind = type(event)
         after = STEP_TRANSITIONS.get((record.state, kind))
-        if after is None or self.is_over:
+        if after is None:
             where = f"which is {record.state.value} in a run that is {self.state.value}"
             raise Impossible(f"{event.name} of step {step_id!r}, {where}")
         if not isinstance(event, Decision):
@@ -406,16 +406,19 @@ class Run:
 
 def _check_attempt(run: Run, record: StepRecord, event: Event) -> None:
     attempt: int = event.attempt  # type: ignore[attr-defined]
-    expected = record.attempt + 1 if isinstance(event, StepStarted) else record.attempt
+    is_start = isinstance(event, StepStarted)
+    expected = record.attempt + 1 if is_start else record.attempt
     if attempt != expected:
         raise Impossible(f"{event.name} of step {record.step.id!r} names attempt {attempt}, not {expected}")
     if record.outcome is not None:
         raise Impossible(f"{event.name} of step {record.step.id!r} after its attempt {attempt} had ended")
-    if isinstance(event, AttemptTimedOut) and record.timed_out_ms is not None:
-        raise Impossible(f"attempt {attempt} of step {record.step.id!r} timed out twice")
-    if isinstance(event, StepStarted) and run.is_stopping:
-        raise Impossible(f"step {record.step.id!r} starts after a cancel or the run's timeout")
-    if _says_we_ended_it(event) and run.ending_since_ms(record) is None:
+    if is_start:
+        if run.is_stopping:
+            raise Impossible(f"step {record.step.id!r} starts after a cancel or the run's timeout")
+    elif isinstance(event, AttemptTimedOut):
+        if record.timed_out_ms is not None:
+            raise Impossible(f"attempt {attempt} of step {record.step.id!r} timed out twice")
+    elif _says_we_ended_it(event) and run.ending_since_ms(record) is None:
         raise Impossible(f"{event.name} of step {record.step.id!r} as if we had ended it, but nothing told us to")
 
 
