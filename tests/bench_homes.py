@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from tests.bench_subjects import HAS_PROC, NEEDS_PROC, PROGRAM, Daemon, chain, d
 from tests.daemon import Client, wait_until
 from wfctl.client import HELLO
 from wfd import decide, journal, protocol
+from wfd.__main__ import GC_THRESHOLD
 from wfd.definition import Workflow, validate
 from wfd.events import AttemptExited
 from wfd.paths import Home
@@ -32,7 +34,9 @@ _USAGE = (1, 1, 20_000)
 
 def log(options: Options) -> Found:
     """The log of one long run, read as the daemon does when it starts, and as `replay` does. In processor time: there is
-    nothing to wait for."""
+    nothing to wait for. All with the daemon's own threshold for looking for garbage."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(GC_THRESHOLD)
     workflow = validate(definition(fan_out(options.sizes.steps_10k)), "/")
     home, run_id = logs.home(tempfile.mkdtemp(prefix="home-")), "long"
     files = logs.save(home, _finished(workflow, run_id), run_id)
@@ -63,6 +67,7 @@ def log(options: Options) -> Found:
 
     calls = {"recovery": recovery, "replay": replay, "alone": alone}
     times = rounds(calls, options.rounds or ROUNDS, warms_up=options.warms_up)
+    gc.set_threshold(*threshold)
     yield rate("log", "recovery", times["recovery"], times["alone"])
     yield rate("log", "replay", times["replay"], times["alone"])
 

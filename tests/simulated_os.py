@@ -1,4 +1,4 @@
-"""The faces of a simulated machine that wfd's modules see in the place of `os`, `fcntl`, `shutil`, `open`, ….
+"""The faces of a simulated machine that wfd's modules see in the place of `os`, `fcntl`, `open`, ….
 
 What is not here does not exist: a call that wfd makes and nobody has simulated is an AttributeError, never a real one.
 """
@@ -172,6 +172,10 @@ class SimulatedOs:
         self._kernel.enter("unlink", path)
         self._kernel.disk.remove(path)
 
+    def rmdir(self, path: str) -> None:
+        self._kernel.enter("rmdir", path)
+        self._kernel.disk.remove(path)
+
     def rename(self, old: str, new: str) -> None:
         self._kernel.enter("rename", old, new)
         self._kernel.disk.rename(old, new)
@@ -283,16 +287,6 @@ class SimulatedFcntl:
             raise BlockingIOError(errno.EAGAIN, "simulated EAGAIN")
         elif operation & self.LOCK_EX:
             file.node.lock = file
-
-
-class _Shutil:
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
-
-    def rmtree(self, path: str, ignore_errors: bool = False) -> None:
-        self._kernel.enter("rmtree", path)
-        if self._kernel.disk.find(path) is not None:
-            self._kernel.disk.remove(path)
 
 
 class _Reader(io.BytesIO):
@@ -410,7 +404,7 @@ def installed(kernel: Kernel, *, is_linux: bool = True) -> Iterator[SimulatedOs]
     fcntl, asked = SimulatedFcntl(kernel), _Machine(kernel, is_linux)
     faces: list[tuple[Any, dict[str, object]]] = [
         (events, {"decode": _remembering(events.decode)}),
-        (journal, {"os": face, "shutil": _Shutil(kernel), "open": open_file, "sys": system, "fcntl": fcntl}),
+        (journal, {"os": face, "open": open_file, "sys": system, "fcntl": fcntl}),
         (process, {"os": face, "fcntl": fcntl, "open": open_file, "machine": asked, "sys": system}),
         (orphans, {"os": face, "machine": asked}),
         (requests, {"os": face}),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import TypedDict, cast
 
 from wfctl import client, history
 from wfctl.errors import InvalidRequest, InvalidWorkflow
@@ -26,38 +25,16 @@ from wfd.definition import Workflow
 from wfd.events import Line
 from wfd.paths import RUN_ID_RULE, Home, is_run_id
 
+TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `run`.
+if TYPE_CHECKING:
+    from typing import cast
 
-class StepStatus(TypedDict):
-    """One step of a run. Times are RFC 3339 UTC. `because`: the dependency for which it was skipped; `delay_ms`: how
-    long a READY step waits before it is tried again."""
+    from wfctl.statuses import RunStatus
+else:
 
-    id: str
-    state: str
-    attempt: int
-    exit_code: int | None
-    reason: str | None
-    because: str | None
-    started_at: str | None
-    finished_at: str | None
-    delay_ms: int
-    depends_on: list[str]
-
-
-class RunStatus(TypedDict):
-    """A run, with its steps in the order of the definition. `source` is "daemon" or "log"; `stalled` says why nothing
-    of the run can start at present, or is None."""
-
-    run_id: str
-    workflow_id: str
-    state: str
-    reason: str
-    source: str
-    stalled: str | None
-    submitted_at: str
-    finished_at: str | None
-    last_seq: int
-    cwd: str
-    steps: list[StepStatus]
+    def cast(kind, value):
+        """What typing's does at run time."""
+        return value
 
 
 Source = Workflow | Mapping[str, object] | str | os.PathLike[str]
@@ -89,7 +66,7 @@ def run(workflow: Source, run_id: str | None = None, *, max_parallel: int | None
     run_id = submit(workflow, run_id, max_parallel=max_parallel)
     home = client.current_home()
     _wait(home, run_id, revives=True)
-    return cast(RunStatus, client.status(home, run_id))
+    return cast("RunStatus", client.status(home, run_id))
 
 
 def wait(run_id: str) -> str:
@@ -101,7 +78,7 @@ def wait(run_id: str) -> str:
 def status(run_id: str) -> RunStatus:
     """The state of a run, from the daemon, or from the log when none answers. Raises NoSuchRun, RunDamaged."""
     home = client.current_home()
-    return cast(RunStatus, client.status(home, client.resolve(home, run_id)))
+    return cast("RunStatus", client.status(home, client.resolve(home, run_id)))
 
 
 def watch(run_id: str, from_seq: int = 1) -> Iterator[Line]:

@@ -410,7 +410,7 @@ def _list(args: argparse.Namespace) -> int:
         _sayer(args)("this comes from the logs, not from a daemon")
     if runs:
         print(render.list_text(runs, time.time(), _use_colour(args)))
-    if older := len(set(ids).difference(shown)):
+    if older := len(ids) - len(set(shown).intersection(ids)):
         _sayer(args)(f"{older} older runs are not shown; --all shows them")
     return FINE
 

@@ -8,6 +8,7 @@ Rules
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import re
@@ -69,13 +70,14 @@ def newest(home: Home, ids: list[str], count: int | None = None) -> list[str]:
     A generated id tells when it was made, so that of thousands only those are looked at on disk that may be among the
     `count`. A name that a user chose tells nothing, nor does one from the future."""
     now = _stamp(time.time())
-    made = {run_id for run_id in filter(_GENERATED.fullmatch, ids) if run_id <= now}
-    exact = {run_id: _submitted_ns(home, run_id) for run_id in ids if run_id not in made}
+    made = [run_id for run_id in filter(_GENERATED.fullmatch, ids) if run_id <= now]
+    exact = {run_id: _submitted_ns(home, run_id) for run_id in set(ids).difference(made)}
     if count is not None and count < len(ids):
-        stamps = [*(run_id[: len(now)] for run_id in made), *(_stamp(ns / _NS) for ns in exact.values())]
-        border_sec = render.epoch_sec(_as_time(sorted(stamps, reverse=True)[count - 1])) or 0
+        # Of an id its stamp would do, but its beginning is one already.
+        border = heapq.nlargest(count, [*made, *(_stamp(ns / _NS) for ns in exact.values())])[-1][: len(now)]
+        border_sec = render.epoch_sec(_as_time(border)) or 0
         border = _stamp(max(0, border_sec - MAX_SUBMISSION_SEC))
-        made = {run_id for run_id in made if run_id >= border}
+        made = [run_id for run_id in made if run_id >= border]
     exact.update((run_id, _submitted_ns(home, run_id)) for run_id in made)
     return sorted(exact, key=lambda run_id: (exact[run_id], run_id), reverse=True)[:count]
 

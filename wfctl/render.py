@@ -10,6 +10,7 @@ Rules
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `status`.
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
 
 
+# All that happens in one turn of the daemon has one time. Beyond so many of them, who would ask for an early one again?
+@lru_cache(1_000)
 def epoch_sec(at: str) -> float | None:
     """A time of the log (2026-11-23T07:24:12.123456Z) in seconds since 1970. None when it is no such time: replay never
     compares it, so it may be anything in a log that somebody has written by hand."""

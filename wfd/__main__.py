@@ -40,7 +40,7 @@ _PARALLEL_PER_CPU, _PARALLEL_MIN = 4, 32
 _WANTED_DESCRIPTORS = 8_192
 # Hardly anything of ours is part of a cycle, while the parts of a large workflow stay for long: Python's own threshold of
 # 700 has it look through all of them again and again.
-_GC_THRESHOLD = 50_000
+GC_THRESHOLD = 50_000
 # What is in a lock file is shorter, unless somebody else has written it.
 _LOCK_BYTES = 4096
 # How long a service waits for the daemon that it replaces.
@@ -407,7 +407,7 @@ def _set_up(
     """A supervisor that listens and owns the runs of the home; its socket's path and, if we have made it, its file. Raises
     CannotStart, OSError."""
     _raise_limits()
-    gc.set_threshold(_GC_THRESHOLD)
+    gc.set_threshold(GC_THRESHOLD)
     if not machine.inherits_locks(home.directory):
         raise CannotStart(f"{home.directory} is on a file system whose locks do not pass to children (NFS?)")
     boot_id = machine.boot_id()

@@ -22,7 +22,6 @@ import errno
 import fcntl
 import io
 import os
-import shutil
 import stat
 import sys
 import zlib
@@ -394,9 +393,9 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
     files, building = home.run(run_id), _building(home, run_id)
     if os.path.lexists(files.directory):
         raise FileExistsError(errno.EEXIST, "the run exists", files.directory)
-    shutil.rmtree(building.directory, ignore_errors=True)
+    _remove(building)
     fd = -1
-    made = building.directory
+    made = building
     try:
         # All is made and written before the first sync: a journalling file system then commits it at once, and the syncs
         # that follow find less to do (0.83 instead of 0.98 ms on our ext4).
@@ -411,12 +410,12 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
         sync_directory(building.directory)
         sync_directory(home.live)
         os.rename(building.directory, files.directory)
-        made = files.directory
+        made = files
         sync_directory(home.runs)
     except OSError:
         if fd >= 0:
             os.close(fd)
-        shutil.rmtree(made, ignore_errors=True)
+        _remove(made)
         unmark_live(home, run_id)
         raise
     return Journal(files, run_id, fd, 1, len(line))
@@ -424,8 +423,18 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
 
 def abandon(home: Home, run_id: str) -> None:
     """Remove what a `create` that was killed has left of a run that never was."""
-    shutil.rmtree(_building(home, run_id).directory, ignore_errors=True)
+    _remove(_building(home, run_id))
     unmark_live(home, run_id)
+
+
+def _remove(made: RunFiles) -> None:
+    """Remove what `create` makes of a run, as far as it is there. (shutil.rmtree would do it, but importing shutil takes a
+    client that only reads logs 4 ms, a tenth of a `list`.)"""
+    for path, remove in (
+        (made.environment, os.unlink), (made.events, os.unlink), (made.attempts, os.rmdir), (made.directory, os.rmdir)
+    ):  # fmt: skip
+        with suppress(OSError):
+            remove(path)
 
 
 def _building(home: Home, run_id: str) -> RunFiles:
