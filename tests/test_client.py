@@ -143,6 +143,21 @@ def watching(log: logs.Log, known: int, end: int | None = None) -> Script:
     return script
 
 
+def ending(log: logs.Log, known: int, last: bytes | None = None, *, is_cut: bool = False) -> Script:
+    """Answers who waits for the end of a run of which `known` lines are written."""
+
+    def script(fake: Fake, request: dict[str, Any]) -> Iterator[bytes]:
+        is_over = known == len(log.lines)
+        state = "FAILED" if is_over else "RUNNING"
+        yield protocol.result(request["id"], {"run_id": log.run_id, "state": state, "last_seq": known})
+        if is_cut:
+            yield HANG_UP
+        elif not is_over:
+            yield protocol.event(log.run_id, last or logs.encode(log.lines[-1:], log.run_id))
+
+    return script
+
+
 class InAHome(unittest.TestCase):
     """A test with a home of its own, and the environment that names it. No daemon yet."""
 
@@ -395,6 +410,29 @@ class Following(InAHome):
                 watch = self.watch()
                 self.assertEqual(self.seqs(watch), every)
                 self.assertEqual(watch.state, "SUCCEEDED")
+
+    def test_who_waits_for_the_end_is_told_only_that(self) -> None:
+        for known, told in ((3, len(self.log.lines)), (len(self.log.lines), None)):
+            with self.subTest(known=known), self.fake(ending(self.log, known)) as fake:
+                watch = Watch(self.home, self.log.run_id, only_end=True)
+                self.assertEqual(self.seqs(watch), [] if told is None else [told])
+                self.assertEqual(watch.state, "FAILED")
+                self.assertIs(fake.requests[-1]["params"]["only_end"], True)
+
+    def test_who_waits_for_the_end_goes_on_with_the_log_when_the_daemon_is_gone(self) -> None:
+        logs.save(self.home, self.log.data)
+        with self.fake(ending(self.log, 3, is_cut=True)):
+            watch = Watch(self.home, self.log.run_id, tick_sec=0.01, only_end=True)
+            lines = iter(watch)
+            self.assertIsNone(next(lines))
+        for _ in lines:
+            pass
+        self.assertEqual(watch.state, "FAILED")
+
+    def test_an_end_that_is_not_whole(self) -> None:
+        spoilt = logs.encode(self.log.lines[-1:], self.log.run_id).replace(b"FAILED", b"failed")
+        with self.fake(ending(self.log, 3, spoilt)), self.assertRaisesRegex(RunDamaged, "line of its end is not whole"):
+            list(Watch(self.home, self.log.run_id, only_end=True))
 
     def test_a_repair_behind_the_end(self) -> None:
         self.log.put(LogRecovered(5, "torn-1-00000000"))

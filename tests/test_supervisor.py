@@ -31,6 +31,7 @@ from wfd.__main__ import main
 from wfd.definition import MAX_DURATION_SEC
 from wfd.events import AttemptExited, Line, StepRetried, StepStarted
 from wfd.paths import Home
+from wfd.watchers import Batch, Watchers
 
 # Steps of a workflow that is large beside all slots together. (The sizes that a definition may have are in test_definition.)
 MANY = 200
@@ -615,6 +616,26 @@ class TestWatchers(DaemonTest):
                     wanted = list(range(max(1, from_seq), len(lines) + 1))
                     self.assertEqual(client.seqs(len(wanted)), wanted)
 
+    def test_who_waits_for_the_end_hears_of_nothing_else(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", until("go") + "; exit 1"))
+            other = daemon.submit(step("a", until("other")))
+            with daemon.connect() as client:
+                answer = client.request("watch", run_id=run_id, from_seq=1, only_end=True)
+                self.assertEqual(answer["state"], "RUNNING")
+                daemon.touch("other")
+                daemon.touch("go")
+                line = client.message()["params"]["line"]
+                self.assertEqual((line["event"], line["state"]), ("run_finished", "FAILED"))
+                self.assertEqual(line["seq"], len(daemon.events(run_id)))
+                daemon.wait_for(other, "SUCCEEDED")
+                # Of a run that is over it is told in the answer.
+                answer = client.request("watch", run_id=run_id, from_seq=1, only_end=True)
+                self.assertEqual((answer["state"], answer["last_seq"]), ("FAILED", line["seq"]))
+                daemon.request("retry", run_id=run_id, request="again")
+                again = client.message()["params"]["line"]
+                self.assertEqual((again["event"], again["seq"]), ("run_finished", len(daemon.events(run_id))))
+
     def test_one_connection_watches_one_run_and_may_ask_meanwhile(self) -> None:
         with shared() as daemon:
             first = daemon.submit(step("a", until("go")))
@@ -641,6 +662,24 @@ class TestWatchers(DaemonTest):
             wanted = [line.seq for line in daemon.events(run_id)]
             with daemon.watch(run_id) as client:
                 self.assertEqual(client.seqs(len(wanted)), wanted)
+
+
+class TestFeeding(unittest.TestCase):
+    """Without a daemon, so that a bug put into it counts."""
+
+    def test_who_waits_for_the_end_is_sent_the_line_that_ends_the_run(self) -> None:
+        sent: list[tuple[str, bytes]] = []
+        server = mock.Mock(is_crowded=False, send=lambda to, data: sent.append((to.name, data)))
+        watchers = Watchers(Home("/nowhere"), server)
+        for name, only_end in (("all", False), ("end", True)):
+            connection = mock.Mock(is_full=False, outbox=b"")
+            connection.name = name
+            watchers.add(connection, "r", 0, 0, only_end=only_end)
+        for start, data, is_end in ((0, b"1\n2\n", False), (4, b"3\n4\n", True)):
+            watchers.committed(Batch("r", start, data, is_end=is_end))
+            watchers.feed()
+        first, second = (b"".join(protocol.event("r", b"%d\n" % seq) for seq in seqs) for seqs in ((1, 2), (3, 4)))
+        self.assertEqual(sent, [("all", first), ("all", second), ("end", protocol.event("r", b"4\n"))])
 
 
 class TestAnswers(DaemonTest):
