@@ -487,6 +487,8 @@ def _command(value: object) -> str:
 def _depends_on(value: object) -> tuple[str, ...]:
     if type(value) is not list:
         raise _refusal(f"must be a list of step ids, not {_describe(value)}")
+    if not value:
+        return ()
     if set(map(type, value)) <= {str} and len(set(value)) == len(value):
         return tuple(value)
     problems: list[Problem] = []
@@ -504,6 +506,8 @@ def _depends_on(value: object) -> tuple[str, ...]:
 def _env(value: object) -> dict[str, str]:
     if type(value) is not dict:
         raise _refusal(f"must be an object of names and strings, not {_describe(value)}")
+    if not value:
+        return {}
     if len(value) > MAX_ENV_NAMES:
         raise _refusal(f"has {len(value)} names; at most {MAX_ENV_NAMES} are allowed")
     problems: list[Problem] = []

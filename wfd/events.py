@@ -19,10 +19,10 @@ This file does no I/O and reads no clock.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress, product
 from operator import itemgetter
+from zlib import crc32
 
 from wfd import definition
 from wfd.definition import Workflow
@@ -39,8 +39,7 @@ DRAW_PPM = 1_000_000
 # What every line ends in, and how many bytes of that the checksum does not cover.
 _CRC_KEY, _CRC_END = ',"crc":"', b'%08x"}'
 _CRC = _CRC_KEY.encode() + _CRC_END
-_END_BYTES = len(_CRC_END % 0)
-_CRC_BYTES = len(_CRC % 0)
+_END_FROM, _CRC_FROM = -len(_CRC_END % 0), -len(_CRC % 0)
 
 
 class InvalidEvent(ValueError):
@@ -298,17 +297,19 @@ _TYPES: dict[type[Event], dict[str, type]] = {
 _OPTIONAL: dict[type[Event], frozenset[str]] = {
     event: frozenset(event._fields[len(event._fields) - len(event._defaults) :]) for event in _EVENTS
 }
+# Those that carry versions, and one of them a definition.
+_CHECKED = (RunSubmitted, SupervisorStarted)
 _ENVELOPE: dict[str, type] = {"seq": int, "at": str, "mono_ms": int, "durable": int, "event": str}
 
 
 # One of the forms that the lines of an event may have: each optional field is there or it is not. The event; and of the
-# line's values, envelope and crc included, with a None behind them: their types, what picks the whole numbers, and what
-# picks the event's fields, with the None for those that are not there.
+# line's values, envelope and crc included: their types, what picks the whole numbers, and what picks the event's fields,
+# with None for those that are not there (itself None where a field must be looked into: see `_checked`).
 _Shape = tuple[
     type[Event],
     tuple[type, ...],
     Callable[[Sequence[object]], tuple[int, ...]],
-    Callable[[Sequence[object]], tuple[object, ...]],
+    Callable[[tuple[object, ...]], tuple[object, ...]] | None,
 ]
 
 
@@ -317,19 +318,24 @@ def _shapes(event: type[Event]) -> Iterator[tuple[tuple[str, ...], _Shape]]:
     choices = [(True, False) if name in _OPTIONAL[event] else (True,) for name in event._fields]
     for is_there in product(*choices):
         names = tuple(compress(event._fields, is_there))
-        types = (*_ENVELOPE.values(), *(_TYPES[event][name] for name in names), str, type(None))
+        types = (*_ENVELOPE.values(), *(_TYPES[event][name] for name in names), str)
         numbers = itemgetter(*(place for place, kind in enumerate(types) if kind is int))
-        places = (len(_ENVELOPE) + names.index(name) if name in names else -1 for name in event._fields)
-        # Whatever has gaps has two fields or more, so that itemgetter gives a tuple.
-        own = itemgetter(slice(len(_ENVELOPE), -2)) if all(is_there) else itemgetter(*places)
-        yield (*_ENVELOPE, *names, "crc"), (event, types, numbers, own)
+        own = itemgetter(slice(len(_ENVELOPE), -1)) if all(is_there) else _with_gaps(event, names)
+        yield (*_ENVELOPE, *names, "crc"), (event, types, numbers, None if event in _CHECKED else own)
+
+
+def _with_gaps(event: type[Event], names: Sequence[str]) -> Callable[[tuple[object, ...]], tuple[object, ...]]:
+    # Whatever has gaps has two fields or more, so that itemgetter gives a tuple.
+    own = itemgetter(*(len(_ENVELOPE) + names.index(name) if name in names else -1 for name in event._fields))
+    return lambda values: own((*values, None))
 
 
 # So the names, their order and their types cost two look-ups and one comparison a line: reading logs is mostly this.
 _SHAPES: dict[str, dict[tuple[str, ...], _Shape]] = {event.name: dict(_shapes(event)) for event in _EVENTS}
 
 _encode: Callable[[object], str] = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode
-_parse = json.JSONDecoder().raw_decode
+# `raw_decode` without the Python that is around it. Where there is no JSON it raises StopIteration.
+_parse: Callable[[str, int], tuple[object, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _new = tuple.__new__
 _KEYS: dict[type[Event], tuple[str, ...]] = {
     event: tuple([f',"{name}":' for name in event._fields]) for event in _EVENTS
@@ -338,7 +344,7 @@ _KEYS: dict[type[Event], tuple[str, ...]] = {
 
 def seed(run_id: str) -> int:
     """The crc32 seed of a run's lines."""
-    return zlib.crc32(run_id.encode())
+    return crc32(run_id.encode())
 
 
 def encode(line: Line, crc_seed: int) -> bytes:
@@ -356,12 +362,12 @@ def encode(line: Line, crc_seed: int) -> bytes:
             assert isinstance(value, Workflow)
             text += key + definition.to_json(value)
     body = (text + _CRC_KEY).encode("ascii")
-    return b'%b%08x"}\n' % (body, zlib.crc32(body, crc_seed))
+    return b'%b%08x"}\n' % (body, crc32(body, crc_seed))
 
 
 def checks(raw: bytes, crc_seed: int) -> bool:
     """Does the checksum of this line (without its newline) prove it?"""
-    return raw[-_CRC_BYTES:] == _CRC % zlib.crc32(raw[:-_END_BYTES], crc_seed)
+    return raw[_CRC_FROM:] == _CRC % crc32(raw[:_END_FROM], crc_seed)
 
 
 def decode(raw: bytes) -> Line:
@@ -372,8 +378,8 @@ def decode(raw: bytes) -> Line:
     """
     try:
         text = raw.decode("ascii")
-        record, end = _parse(text)
-    except (ValueError, RecursionError) as error:
+        record, end = _parse(text, 0)
+    except (ValueError, StopIteration, RecursionError) as error:
         raise InvalidEvent(f"not JSON: {error}") from None
     if type(record) is not dict or end != len(text):
         raise InvalidEvent("not a JSON object")
@@ -383,18 +389,16 @@ def decode(raw: bytes) -> Line:
     if shape is None:
         raise InvalidEvent(_flaw(record))
     event, types, numbers, own = shape
-    values = (*record.values(), None)
+    values = tuple(record.values())
     if tuple(map(type, values)) != types or min(numbers(values)) < 0:
         raise InvalidEvent(_flaw(record))
-    fields = own(values)
-    if event is RunSubmitted or event is SupervisorStarted:
-        fields = _checked(event, record)
+    fields = _checked(event, record) if own is None else own(values)
     # The shape has proved what Value would count.
     return _new(Line, (*values[:4], _new(event, fields)))
 
 
 def _checked(event: type[Event], record: dict[str, object]) -> tuple[object, ...]:
-    """The fields of the two events that carry versions, and of which one carries a definition."""
+    """The fields of one of `_CHECKED`."""
     if problem := _version_problem(record):
         raise InvalidEvent(problem)
     if event is RunSubmitted:

@@ -27,13 +27,17 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import BinaryIO
 
 from wfd import events
 from wfd.events import Event, InvalidEvent, Line, NewerLog, RunSubmitted
 from wfd.paths import Home, RunFiles, parse_attempt_name
 from wfd.state import Impossible, Run
 
+TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `status`.
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+_NEWLINE = ord("\n")
 # A copy goes through memory in pieces of this size.
 _COPY_BYTES = 1 << 20
 # How much of the end of a log is looked at to find its last line. Only run_submitted is ever longer.
@@ -110,10 +114,10 @@ class Reading:
 
     def __iter__(self) -> Iterator[Line]:
         seed, checks, decode = self._seed, events.checks, events.decode
-        seq = 0
+        seq = end = 0
         for raw in self._file:
             body = raw[:-1]
-            if raw[-1:] != b"\n" or not checks(body, seed):
+            if raw[-1] != _NEWLINE or not checks(body, seed):
                 self._judge_tail(raw)
                 return
             try:
@@ -126,7 +130,7 @@ class Reading:
             if line.durable > seq:
                 raise Damaged(self._run_id, f"line {line.seq} says that line {line.durable} was durable before it")
             self.seq = seq = seq + 1
-            self.end += len(raw)
+            self.end = end = end + len(raw)
             yield line
         if self.seq == 0:
             raise Damaged(self._run_id, "the log is empty, though creation writes line 1")

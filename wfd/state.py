@@ -190,8 +190,7 @@ class Run:
         self.requests: set[str] = set()
         self.submitted_at = line.at
         self.finished_at: str | None = None
-        self.seq = 1
-        self.cause = 1
+        self.seq = self.cause = 1
         self.origin_ms = self.mono_ms = line.mono_ms
         self.elapsed_ms = 0
         self._is_recovering = False
@@ -200,9 +199,6 @@ class Run:
         self.steps = [StepRecord(index, step) for index, step in enumerate(self.workflow.steps)]
         self.index_of = {record.step.id: record.index for record in self.steps}
         self.dependents: list[list[int]] = [[] for _ in self.steps]
-        for record in self.steps:
-            for dependency in record.step.depends_on:
-                self.dependents[self.index_of[dependency]].append(record.index)
         self.due: deque[int] = deque()
         self.unfinished = len(self.steps)
         self.failed = 0
@@ -210,6 +206,8 @@ class Run:
         self._ready: deque[int] = deque()
         self._delayed: list[tuple[int, int]] = []
         for record in self.steps:
+            for dependency in record.step.depends_on:
+                self.dependents[self.index_of[dependency]].append(record.index)
             if record.waiting == 0:
                 self._put_on_due(record)
 
