@@ -123,11 +123,11 @@ def _pad(text: str, width: int) -> str:
 
 def table(rows: Sequence[Sequence[str]], state_column: int, colour: bool) -> list[str]:
     """Aligned columns of escaped texts; the first row is the heading."""
-    shown = [(*(cut(cell, MAX_COLUMN_CHARS) for cell in row[:-1]), row[-1]) for row in rows]
+    shown = [(*[cut(cell, MAX_COLUMN_CHARS) for cell in row[:-1]], row[-1]) for row in rows]
     widths = [max(map(cells, column)) for column in zip(*shown, strict=True)]
     lines = []
     for number, row in enumerate(shown):
-        padded = [_pad(cell, width) for cell, width in zip(row, widths, strict=True)]
+        padded = list(map(_pad, row, widths))
         if number:
             padded[state_column] = paint(padded[state_column], row[state_column], colour)
         lines.append("  ".join(padded).rstrip())
