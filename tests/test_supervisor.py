@@ -25,12 +25,14 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 from unittest import mock
 
+from tests import logs
 from tests.daemon import DEADLINE_SEC, MARK, ROOT, Client, Daemon, Refused, prlimit, shared, step, until, wait_until
-from wfd import VERSION, __main__, protocol, supervisor
+from wfd import VERSION, __main__, process, protocol, supervisor
 from wfd.__main__ import main
 from wfd.definition import MAX_DURATION_SEC
-from wfd.events import AttemptExited, Line, StepRetried, StepStarted
+from wfd.events import FORMAT, RULES, AttemptExited, Line, RunSubmitted, StepRetried, StepStarted
 from wfd.paths import Home
+from wfd.requests import Environment
 from wfd.watchers import Batch, Watchers
 
 # Steps of a workflow that is large beside all slots together. (The sizes that a definition may have are in test_definition.)
@@ -158,8 +160,14 @@ class TestSlots(DaemonTest):
             self.assertEqual(max(itertools.accumulate(1 if sign == "+" else -1 for sign in signs)), 3)
 
     def test_slots_are_given_to_runs_in_turn(self) -> None:
+        self.assert_turns("echo $WFD_RUN_ID >> order", supervisor.TURN_STEPS + 1)
+
+    def test_a_turn_is_one_step_where_steps_take_long(self) -> None:
+        self.assert_turns("echo $WFD_RUN_ID >> order; sleep 0.02", 2)
+
+    def assert_turns(self, say: str, limit: int) -> None:
+        """That no run is ahead of the other by more steps than that (one of them is the gate)."""
         with Daemon("--max-parallel", "1") as daemon:
-            say = "echo $WFD_RUN_ID >> order"
             gate = step("s0", until("go"))
             first = daemon.submit(gate, *(step(f"s{number}", say) for number in range(1, 16)), run_id="first")
             second = daemon.submit(*(step(f"s{number}", say) for number in range(15)), run_id="second")
@@ -169,7 +177,7 @@ class TestSlots(DaemonTest):
             order = daemon.read("order").split()
             self.assertEqual(len(order), 30)
             ahead = itertools.accumulate(1 if run_id == "first" else -1 for run_id in order)
-            self.assertLessEqual(max(map(abs, ahead)), 2)
+            self.assertLessEqual(max(map(abs, ahead)), limit)
 
     def test_a_slot_is_free_again_after_any_end(self) -> None:
         with Daemon("--max-parallel", "1") as daemon:
@@ -178,6 +186,36 @@ class TestSlots(DaemonTest):
                 daemon.submit(step("a", command, **fields))
             self.assertEqual(daemon.wait_for(daemon.submit(step("a", "true"))).state, "SUCCEEDED")
             self.assertEqual(daemon.request("hello", protocol_min=1, protocol_max=1)["live_steps"], 0)
+
+
+class TestTurns(unittest.TestCase):
+    """Without processes, and in this one, so that a bug put into it counts."""
+
+    def test_a_turn_is_so_many_steps_or_so_long(self) -> None:
+        for turn_ms, expected in ((0, [1] * 24), (1_000_000, [supervisor.TURN_STEPS] * 6)):
+            with self.subTest(turn_ms=turn_ms), mock.patch.object(supervisor, "TURN_MS", turn_ms):
+                self.assertEqual([len(list(turn)) for _, turn in itertools.groupby(self.starts(12))], expected)
+
+    def starts(self, count: int) -> list[bytes]:
+        """Which of two runs of so many steps is given the only slot, each time."""
+        home = Home(self.enterContext(tempfile.TemporaryDirectory()))
+        for directory in (home.runs, home.live):
+            os.mkdir(directory)
+        selector = self.enterContext(contextlib.closing(selectors.DefaultSelector()))
+        loop = supervisor.Supervisor(home, "", selector, "boot", "host", 1)
+        workflow = logs.workflow(*(logs.step(f"s{number}") for number in range(count)))
+        for run_id in ("first", "second"):
+            loop.create(RunSubmitted(run_id, FORMAT, RULES, "boot", "/", workflow), Environment({}, 0o022, {}))
+        starts = []
+
+        def start(launch: process.Launch) -> process.Outcome:
+            starts.append(launch.environ[b"WFD_RUN_ID"])
+            return process.Outcome("exited", 0)
+
+        with mock.patch.object(process, "start", start):
+            while loop.live:
+                loop.turn(loop.now_ms)
+        return starts
 
 
 class TestSubmitting(DaemonTest):
