@@ -709,13 +709,19 @@ class TestFeeding(unittest.TestCase):
         sent: list[tuple[str, bytes]] = []
         server = mock.Mock(is_crowded=False, send=lambda to, data: sent.append((to.name, data)))
         watchers = Watchers(Home("/nowhere"), server)
-        for name, only_end in (("all", False), ("end", True)):
+
+        def add(name: str, end: int, only_end: bool) -> None:
             connection = mock.Mock(is_full=False, outbox=b"")
             connection.name = name
-            watchers.add(connection, "r", 0, 0, only_end=only_end)
-        for start, data, is_end in ((0, b"1\n2\n", False), (4, b"3\n4\n", True)):
-            watchers.committed(Batch("r", start, data, is_end=is_end))
-            watchers.feed()
+            watchers.add(connection, "r", 0, end, only_end=only_end)
+
+        add("all", 0, only_end=False)
+        add("end", 0, only_end=True)
+        watchers.committed(Batch("r", 0, b"1\n2\n", is_end=False))
+        watchers.feed()
+        watchers.committed(Batch("r", 4, b"3\n4\n", is_end=True))
+        add("late", 8, only_end=True)
+        watchers.feed()
         first, second = (b"".join(protocol.event("r", b"%d\n" % seq) for seq in seqs) for seqs in ((1, 2), (3, 4)))
         self.assertEqual(sent, [("all", first), ("all", second), ("end", protocol.event("r", b"4\n"))])
 

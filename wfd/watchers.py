@@ -96,7 +96,8 @@ class Watchers:
         for connection in list(self._by_run.get(batch.run_id, ())):
             place = self._places[connection]
             if place.only_end:
-                if batch.is_end:
+                # Who came after this batch was told of it in the answer.
+                if batch.is_end and batch.start >= place.end:
                     self._server.send(connection, batch.last_frame())
                 continue
             place.end = batch.start + len(batch.data)
