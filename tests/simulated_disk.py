@@ -8,6 +8,8 @@ Theory
   directory does. Of the changes since then a power cut keeps a beginning, or any selection. A rename is one change.
 * A failed fsync drops the dirty pages: from then on the file's fsync succeeds and does nothing (FACTS, "The disk"). Here
   such a file never becomes durable again, which is harsher than the kernel, and right for a program that must not try.
+* A name says nothing of the inode behind it: one that was never synced itself may be gone although its name is durable
+  (ext2, and ext4 without a journal, where fsck then clears the name).
 * Room is counted in blocks, so that what fits into a file's last block is written even when the disk is full.
 
 All chance comes from the one `Chance` of a history, which uses nothing but random.Random.random: the same on every Python.
@@ -54,15 +56,16 @@ class File:
     intact    so many first bytes are the same in `data` and `synced`
     promised  what the last fsync that said so has made durable; what else a power cut left on the medium is luck
     lock      who holds flock(LOCK_EX)
+    is_made   it is on the medium at all
     """
 
-    __slots__ = ("data", "intact", "is_lying", "lock", "promised", "synced")
+    __slots__ = ("data", "intact", "is_lying", "is_made", "lock", "promised", "synced")
 
     def __init__(self) -> None:
         self.data = bytearray()
         self.synced = self.promised = b""
         self.intact = 0
-        self.is_lying = False
+        self.is_lying = self.is_made = False
         self.lock: object = None
 
     @property
@@ -73,6 +76,7 @@ class File:
         if not self.is_lying:
             self.synced = self.promised = bytes(self.data)
             self.intact = len(self.synced)
+            self.is_made = True
 
     def fail_to_sync(self, chance: Chance) -> None:
         """EIO: some of the dirty pages reached the medium, the others are forgotten, and nobody will be told again."""
@@ -105,11 +109,13 @@ class File:
 
 
 class Directory:
-    """An inode that holds names. pending: the changes since the last fsync, each of which happens whole or not at all."""
+    """An inode that holds names. pending: the changes since the last fsync, each of which happens whole or not at all.
+    is_made: as of a file."""
 
-    __slots__ = ("names", "pending", "synced")
+    __slots__ = ("is_made", "names", "pending", "synced")
 
     def __init__(self) -> None:
+        self.is_made = False
         self.names: dict[str, Node] = {}
         self.synced: dict[str, Node] = {}
         self.pending: list[tuple[tuple[str, Node | None], ...]] = []
@@ -121,6 +127,7 @@ class Directory:
     def sync(self) -> None:
         self.synced = dict(self.names)
         self.pending = []
+        self.is_made = True
 
     def left_by_power_cut(self, chance: Chance) -> dict[str, Node]:
         names = dict(self.synced)
@@ -130,7 +137,7 @@ class Directory:
                 _apply(names, change)
             elif is_in_order:
                 break
-        return names
+        return {name: node for name, node in names.items() if node.is_made or chance.hit(0.7)}
 
 
 Node = File | Directory
@@ -183,6 +190,8 @@ class Disk:
             if not isinstance(node, Directory):
                 return None
             node = node.synced.get(name)
+            if node is not None and not node.is_made:
+                return None
         return node
 
     def durable_bytes(self, path: str) -> bytes | None:
@@ -246,6 +255,7 @@ class Disk:
             else:
                 node.synced = node.left_by_power_cut(chance)
                 node.data = bytearray(node.synced)
+                node.is_made = True
                 node.intact, node.promised, node.is_lying, node.lock = len(node.data), b"", False, None
 
 

@@ -139,6 +139,7 @@ class History(World):
         for path in ("/home", HOME, _HOME.live, _HOME.runs):
             disk.make_directory(path)
             disk.directory(path.rpartition("/")[0]).sync()
+            disk.directory(path).sync()
         kernel.plan_of, kernel.on_spawn, kernel.on_log = self._plan_of, self._on_spawn, self._on_log
         kernel.on_signal, kernel.on_durable = self._on_signal, self._on_durable
         if self.script is not None:
@@ -370,14 +371,16 @@ class History(World):
 
     def _cut_log(self, ledger: Ledger, node: File) -> None:
         """The end of a log is gone, whole lines of it, but not what an attempt of which it told has left on disk."""
-        attempts = self.kernel.disk.directory(_HOME.run(ledger.run_id).attempts)
+        attempts = self.kernel.disk.find(_HOME.run(ledger.run_id).attempts)
         starts = [number for number, line in enumerate(ledger.lines) if b'"event":"step_started"' in line]
-        if not starts or starts[-1] == 0:
+        if not starts or starts[-1] == 0 or not isinstance(attempts, Directory):
             return
         record = json.loads(ledger.lines[starts[-1]])
         wanted = f"-{record['step']}.{record['attempt']}.status"
         if any(name.endswith(wanted) for name in attempts.names):
             attempts.sync()
+            for left in attempts.names.values():
+                left.is_made = True
             node.truncate(sum(len(line) + 1 for line in ledger.lines[: starts[-1]]))
             self.kernel.note(f"run {ledger.run_id} loses its lines from {starts[-1] + 1} on")
             self._now_damaged(ledger, node)
@@ -497,8 +500,14 @@ class History(World):
 
     def refused_as_damaged(self, client: Client, error: Error) -> None:
         run_id = client.run_id if isinstance(client, Watcher) else str(getattr(client, "params", {})["run_id"])
-        if not self.ledgers[run_id].is_damaged:
+        if not self._may_be_damaged(self.ledgers[run_id]):
             raise Broken(f"run {run_id} was called damaged: {error.message}")
+
+    def _may_be_damaged(self, ledger: Ledger) -> bool:
+        """By us, or by a creation that failed and whose ruins a power cut has kept: nobody was told of that run."""
+        if not ledger.lines and self.kernel.disk.find(_HOME.run(ledger.run_id).environment) is None:
+            ledger.is_damaged = True
+        return ledger.is_damaged
 
     def may_give_up(self, caller: Caller, error: Error) -> bool:
         """A retry of a run that SUCCEEDED, or that never ends while it waits."""
@@ -518,7 +527,7 @@ class History(World):
         kernel = self.kernel
         for run_id, why in supervisor.quarantined.items():
             self.ledgers[run_id].is_quarantined = True
-            if not self.ledgers[run_id].is_damaged:
+            if not self._may_be_damaged(self.ledgers[run_id]):
                 raise Broken(f"run {run_id} was quarantined: {why}")
         if turns > _MAX_TURNS or kernel.now_ms > kernel.give_up_ms:
             states = {run_id: ledger.state for run_id, ledger in self.ledgers.items()}

@@ -196,7 +196,7 @@ class Creation(OnDisk):
                 except OSError as error:
                     self.assertEqual(error.errno, errno.EIO)
                     self.assertEqual(logs.contents(self.home.directory), {"live": None, "runs": None})
-        self.assertEqual(turn, 5, "the environment, line 1, the run's directory, the marker, the run's name")
+        self.assertEqual(turn, 6, "the environment, line 1, the marker, the run's directory, the names of both")
 
     def test_a_crash_at_any_point_leaves_all_or_nothing_and_the_next_try_works(self) -> None:
         wholes = set()
@@ -342,7 +342,7 @@ class TornTails(OnDisk):
                         torn = [Path(files.directory, name) for name in names if name.startswith("torn-")]
                         self.assertEqual([path.read_bytes() for path in torn], [cut[len(good) :]])
                         self.assertNotIn("events.ndjson.new", names)
-            self.assertEqual(turn, 5, "names of markers, of runs; the copy of the tail, the log, their directory")
+            self.assertEqual(turn, 6, "marker, names of markers, of runs; the copy of the tail, the log, their directory")
 
 
 class Damage(OnDisk):

@@ -95,11 +95,24 @@ class SimulatedDisks(unittest.TestCase):
         found = disk.find("/f")
         return bytes(found.data) if isinstance(found, File) else None
 
+    def test_a_name_is_nothing_without_its_inode(self) -> None:
+        found = set()
+        for seed in range(100):
+            disk = Disk()
+            disk.root.change(("f", File()))
+            disk.root.sync()
+            self.assertIsNone(disk.find_durable("/f"))
+            disk.cut_power(Chance(seed))
+            found.add(disk.find("/f") is None)
+        self.assertEqual(found, {False, True})
+
     def test_a_rename_survives_whole_or_not_at_all(self) -> None:
         for seed in range(100):
             disk = Disk()
-            disk.root.change(("new", File()))
-            disk.root.change(("log", File()))
+            for name in ("new", "log"):
+                file = File()
+                file.sync()
+                disk.root.change((name, file))
             disk.root.sync()
             disk.rename("/new", "/log")
             disk.cut_power(Chance(seed))
@@ -109,6 +122,7 @@ class SimulatedDisks(unittest.TestCase):
         left = set()
         for seed in range(100):
             disk, file = Disk(), File()
+            file.sync()
             disk.root.change(("f", file))
             disk.root.sync()
             disk.append(file, b"x" * 9)

@@ -398,12 +398,13 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
     if os.path.lexists(files.directory):
         raise FileExistsError(errno.EEXIST, "the run exists", files.directory)
     _remove(building)
-    fd = -1
+    fd = marker = -1
     made = building
     try:
         # All is made and written before the first sync: a file system with a journal then commits it at once, and the syncs
-        # that follow find less to do (2.0 instead of 2.6 ms on our ext4).
-        mark_live(home, run_id)
+        # that follow find less to do (1.7 instead of 2.3 ms on our ext4).
+        unmark_live(home, run_id)
+        marker = _open_new(f"{home.live}/{run_id}")
         os.mkdir(building.directory, 0o700)
         os.mkdir(building.attempts, 0o700)
         line = events.encode(Line(1, at, mono_ms, 0, first), events.seed(run_id))
@@ -411,6 +412,7 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
         _write_all(fd, line)
         _write_file(building.environment, environment)
         sync(fd)
+        sync(marker)
         sync_directory(building.directory)
         sync_directory(home.live)
         os.rename(building.directory, files.directory)
@@ -422,6 +424,9 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
         _remove(made)
         unmark_live(home, run_id)
         raise
+    finally:
+        if marker >= 0:
+            os.close(marker)
     return Journal(files, run_id, fd, 1, len(line))
 
 
@@ -432,8 +437,8 @@ def abandon(home: Home, run_id: str) -> None:
 
 
 def _remove(made: RunFiles) -> None:
-    """Remove what `create` makes of a run, as far as it is there. (shutil.rmtree would do it, but importing shutil takes a
-    client that only reads logs 4 ms, a tenth of a `list`.)"""
+    """Remove what `create` makes of a run, as far as it is there. The environment goes first: whatever a power cut keeps of
+    the rest is then no run that could start. (Importing shutil takes a client that only reads logs 4 ms of 40.)"""
     for path, remove in (
         (made.environment, os.unlink), (made.events, os.unlink), (made.attempts, os.rmdir), (made.directory, os.rmdir)
     ):  # fmt: skip
@@ -458,7 +463,8 @@ def recover(home: Home, run_id: str) -> tuple[Journal, Run, int, str | None]:
     check_attempts(run, attempts_on_disk(files, run_id))
     with suppress(FileExistsError):
         os.mkdir(files.attempts, 0o700)
-    # Whoever made its marker, or created it, may have been killed before the sync: then neither name is durable yet.
+    # Whoever made its marker, or created it, may have been killed before the sync: then neither is durable yet.
+    mark_live(home, run_id)
     sync_directory(home.live)
     sync_directory(home.runs)
     with open_log(files, run_id) as file:
@@ -469,9 +475,15 @@ def recover(home: Home, run_id: str) -> tuple[Journal, Run, int, str | None]:
 
 
 def mark_live(home: Home, run_id: str) -> None:
-    """Put the run on the list of those that a start-up looks at. Raises OSError. The marker has no content that could be
-    lost; its name is durable when `create` or `recover` has returned."""
-    os.close(_open_new(f"{home.live}/{run_id}"))
+    """Put the run on the list of those that a start-up looks at. Raises OSError. Its name is durable when `create` or
+    `recover` has returned."""
+    # Empty as it is, it is synced: without a journal, ext4 has durable names whose inodes are nowhere, and clears them. And
+    # it is made anew each time, since one whose sync has failed before would never be durable.
+    made = f"{home.live}/.new-{run_id}"
+    with suppress(FileNotFoundError):
+        os.unlink(made)
+    _write_file(made, b"")
+    os.rename(made, f"{home.live}/{run_id}")
 
 
 def unmark_live(home: Home, run_id: str) -> None:

@@ -63,10 +63,10 @@ from wfd.watchers import Batch, Watchers
 
 # How long a stalled run waits before it tries again.
 RETRY_MS = 1_000
-# Runs take turns at the free slots. A turn is so many steps, or so long: each start is a line that must be synced, and
-# those of one run are synced together (of 100 runs of 20 steps, 1.1 instead of 2.0 syncs a step). Where steps take longer
-# than this a turn is one step.
-TURN_STEPS, TURN_MS = 4, 10
+# Runs take turns at the free slots, one step a turn. Where a run's last step was quick, a turn is so many steps: each start
+# is a line that must be synced, and those of one run are synced together (of 100 runs of 20 steps, 1.0 instead of 2.3 syncs
+# a step). Others wait no longer for that than people notice.
+TURN_STEPS, QUICK_MS = 4, 100
 # epoll and kqueue count a wait in 32 bits of milliseconds, and a back-off may last a year: wake up once a day.
 MAX_WAIT_MS = 86_400_000
 # How often the size of live attempts' output is looked at; and how soon after one was started or cut, since a command that
@@ -87,6 +87,7 @@ class LiveRun:
     ended          those of them that are over
     changed        steps to act on
     slots          how many of its RUNNING steps the daemon-wide limit has counted
+    is_quick       the last of its attempts that ended took at most QUICK_MS
     is_in_session  this daemon's session line is written; is_session_durable: and on disk
     stalled        why nothing starts; retry_at_ms: when all is presented again
     """
@@ -101,7 +102,7 @@ class LiveRun:
         self.ended: dict[int, None] = {}
         self.changed: dict[int, None] = {}
         self.slots = 0
-        self.is_offered = False
+        self.is_offered = self.is_quick = False
         self.is_in_session = self.is_session_durable = False
         self.torn_bytes = 0
         self.kept_as: str | None = None
@@ -142,7 +143,7 @@ class Supervisor:
         self._touched: dict[str, LiveRun] = {}
         # Runs that may have something to start. It is the first one's turn, in which it has started so many steps.
         self._offers: deque[LiveRun] = deque()
-        self._turn_steps = self._turn_ends_ms = 0
+        self._turn_steps = 0
         self._children: dict[int, tuple[LiveRun, int, Attempt]] = {}
         self._orphans = Orphans(self._children)
         # (due_ms, serial, what to call, its arguments: none, a run, or a run with a step's index and attempt)
@@ -523,9 +524,6 @@ class Supervisor:
             return
         running = self._running + sum(len(live.run.running) - live.slots for live in self._touched.values())
         while self._offers and running < self.max_parallel:
-            if self._turn_steps >= TURN_STEPS or (self._turn_steps and self.now_ms >= self._turn_ends_ms):
-                self._offers.rotate(-1)
-                self._turn_steps = 0
             live = self._offers[0]
             index = self._startable(live)
             if index is None:
@@ -533,12 +531,13 @@ class Supervisor:
                 self._offers.popleft()
                 self._turn_steps = 0
                 continue
-            if not self._turn_steps:
-                self._turn_ends_ms = self.now_ms + TURN_MS
-            self._turn_steps += 1
             record = live.run.steps[index]
             self._write(live, StepStarted(record.step.id, record.attempt + 1))
             running += 1
+            self._turn_steps += 1
+            if not live.is_quick or self._turn_steps >= TURN_STEPS:
+                self._offers.rotate(-1)
+                self._turn_steps = 0
 
     def _startable(self, live: LiveRun) -> int | None:
         run = live.run
@@ -758,6 +757,7 @@ class Supervisor:
             return
         for index in live.ended:
             record, attempt = live.run.steps[index], live.attempts[index]
+            live.is_quick = self.now_ms - record.started_ms <= QUICK_MS
             assert record.state is RUNNING and record.attempt == attempt.number and attempt.outcome is not None
             self.write_fact(live, _fact_of(record, attempt.outcome))
 
