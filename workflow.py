@@ -18,6 +18,8 @@ if __name__ == "__main__":
 
 # Below the end of a command, so that the command line does not pay for the library.
 from wfctl.api import (
+    RunStatus,
+    StepStatus,
     cancel,
     load,
     replay,
@@ -38,7 +40,6 @@ from wfctl.errors import (
     WorkflowError,
 )
 from wfctl.history import Replay
-from wfctl.statuses import RunStatus, StepStatus
 from wfd.definition import Step, Workflow
 
 __all__ = [

@@ -22,9 +22,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
+from typing import TextIO
 
 from tests import bench_homes, bench_runs, bench_watchers
 from tests.bench_profile import PROFILED, profile
@@ -115,7 +116,8 @@ def place() -> Iterator[str]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure the cases that are asked for, or all but ONLY_NAMED. 0, or 1 when a result was wrong."""
+    """Measure the cases that are asked for, or all but ONLY_NAMED. 0; 1 when a result was wrong; 130 and 141 as a shell has
+    them for who is interrupted, or has no reader any more. What was measured until then is in the file."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench",
         description="Measure wfd beside what is installed.",
@@ -123,7 +125,7 @@ def main(words: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("case", nargs="*", help=f"one or more of those below (default: all but {', '.join(ONLY_NAMED)})")
-    parser.add_argument("--pairs", type=int, metavar="N", help="rounds of each comparison")
+    parser.add_argument("--pairs", type=_positive, metavar="N", help="rounds of each comparison")
     parser.add_argument("--profile", action="store_true", help=f"of {', '.join(PROFILED)}: where the daemon's time goes")
     parser.add_argument("--json", metavar="FILE", help="write the figures of every round here")
     arguments = parser.parse_args(words)
@@ -131,28 +133,47 @@ def main(words: Sequence[str] | None = None) -> int:
         if name not in CASES:
             parser.error(f"no case {name!r}; there are {', '.join(CASES)}")
     cases = arguments.case or [name for name in CASES if name not in ONLY_NAMED]
-    with place() as base:
+    with ExitStack() as stack:
         try:
-            return show(machine(base), measure(cases, Options(base, arguments.pairs), arguments.profile), arguments.json)
-        except WrongResult as error:
-            print(f"bench: {error}", file=sys.stderr)
+            # Before anything is measured: minutes would be lost.
+            file = stack.enter_context(open(arguments.json, "w", encoding="utf-8")) if arguments.json else None
+        except OSError as error:
+            parser.error(f"{arguments.json}: {error.strerror}")
+        base = stack.enter_context(place())
+        try:
+            show(machine(base), measure(cases, Options(base, arguments.pairs), arguments.profile), file)
+        except WrongResult as problem:
+            print(f"bench: {problem}", file=sys.stderr)
             return 1
-
-
-def show(where: dict[str, object], found: Found, json_path: str | None) -> int:
-    """Print figures as they come, and write them to a file when that is asked for."""
-    print("\n".join(f"{name + ':':12} {value}" for name, value in where.items()))
-    results, skipped = [], []
-    for each in found:
-        print(each.row(), flush=True)
-        if isinstance(each, Result):
-            results.append(each.record())
-        else:
-            skipped.append(asdict(each))
-    if json_path is not None:
-        with open(json_path, "w", encoding="utf-8") as file:
-            json.dump({"machine": where, "results": results, "skipped": skipped}, file, indent=1)
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            # Else the interpreter would try to say the rest at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
     return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def show(where: dict[str, object], found: Found, file: TextIO | None) -> None:
+    """Print figures as they come, and write them to a file when that is asked for."""
+    results, skipped = [], []
+    try:
+        print("\n".join(f"{name + ':':12} {value}" for name, value in where.items()))
+        for each in found:
+            print(each.row(), flush=True)
+            if isinstance(each, Result):
+                results.append(each.record())
+            else:
+                skipped.append(asdict(each))
+    finally:
+        if file is not None:
+            json.dump({"machine": where, "results": results, "skipped": skipped}, file, indent=1)
 
 
 if __name__ == "__main__":

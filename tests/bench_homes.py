@@ -209,6 +209,10 @@ def idle(options: Options) -> Found:
         yield Skipped("idle", NEEDS_PROC)
         return
     sizes = options.sizes
+    if options.warms_up:
+        # Whoever compiles the program as it starts keeps some of the memory that that takes.
+        with Daemon() as daemon:
+            daemon.hello()
     with Daemon("--max-parallel", str(sizes.live_steps)) as daemon:
         small = chain(20)
         _, run_id = daemon.run(workflow_file(small))

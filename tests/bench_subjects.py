@@ -22,7 +22,7 @@ from tests.bench_results import WrongResult, timed
 from tests.daemon import ROOT
 from wfctl.client import HELLO
 from wfd import decide, journal
-from wfd.events import AttemptExited, Line
+from wfd.events import Line, StepStarted
 from wfd.paths import Home
 from wfd.state import RunState
 
@@ -118,13 +118,13 @@ class Daemon(daemon.Daemon):
     def check_run(self, run_id: str, graph: Graph) -> None:
         """Raises WrongResult unless each step ran once and succeeded, and the log replays."""
         with journal.open_log(self.home.run(run_id), run_id) as file:
-            exits: list[AttemptExited] = []
-            run, difference = decide.replay(_noting(journal.Reading(file, run_id), exits))
+            starts: list[str] = []
+            run, difference = decide.replay(_noting(journal.Reading(file, run_id), starts))
         if difference is not None:
             raise WrongResult(f"run {run_id} does not replay: {difference}")
         if run.state is not RunState.SUCCEEDED:
             raise WrongResult(f"run {run_id} is {run.state.value}")
-        if Counter(exit.step for exit in exits) != Counter(step.id for step in graph):
+        if Counter(starts) != Counter(step.id for step in graph):
             raise WrongResult(f"run {run_id}: not each of its {len(graph)} steps ran exactly once")
 
     def hello(self) -> dict[str, Any]:
@@ -146,10 +146,10 @@ class Daemon(daemon.Daemon):
         return self.process.pid
 
 
-def _noting(lines: Iterable[Line], exits: list[AttemptExited]) -> Iterator[Line]:
+def _noting(lines: Iterable[Line], starts: list[str]) -> Iterator[Line]:
     for line in lines:
-        if isinstance(line.event, AttemptExited):
-            exits.append(line.event)
+        if isinstance(line.event, StepStarted):
+            starts.append(line.event.step)
         yield line
 
 

@@ -157,7 +157,8 @@ def frame(chance: random.Random, run_id: str, mark: dict[str, str]) -> dict[str,
     environment = {"env": {"PATH": "/nonexistent", **mark}, "umask": 18, "limits": {"core": 0}}
     values: dict[str, Any] = {
         "protocol_min": 1, "protocol_max": 1, "run_id": run_id if method == "submit" else known, "request": f"q{run_id}",
-        "from_seq": chance.choice([1, 2, 99]), "base_dir": "/", "cwd": "/", "environment": environment,
+        "from_seq": chance.choice([1, 2, 99]), "only_end": chance.choice([False, True]),
+        "base_dir": "/", "cwd": "/", "environment": environment,
         "definition": document(chance) if method == "submit" else None,
     }  # fmt: skip
     params = {name: values[name] for name in protocol.PARAMS[method]}

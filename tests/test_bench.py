@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import tempfile
 import unittest
 from unittest import mock
 
@@ -85,6 +86,9 @@ class Wrong(LittleTest):
 
     def test_a_log_that_tells_of_something_else(self) -> None:
         workflow = logs.workflow(logs.step("s0", retries=1, backoff={"initial_sec": 0}), logs.step("s1", "s0"))
+        lost = logs.Log(workflow, "lost").start("s0").lose("s0")
+        for name in ("s0", "s1"):
+            lost.start(name).exit(name, 0)
         forged = [
             line._replace(event=line.event._replace(cause=1)) if isinstance(line.event, StepSucceeded) else line
             for line in logs.complete(workflow, run_id="forged").lines
@@ -94,6 +98,7 @@ class Wrong(LittleTest):
             "forged": (logs.encode(forged, "forged"), "does not replay"),
             "begun": (logs.Log(workflow, "begun").data, "is RUNNING"),
             "again": (logs.complete(workflow, {"s0": [1]}, "again").data, "not each of its 2 steps ran exactly once"),
+            "lost": (lost.data, "not each of its 2 steps ran exactly once"),
         }
         daemon = Daemon()
         os.mkdir(daemon.home.directory, 0o700)
@@ -121,9 +126,25 @@ class Wrong(LittleTest):
             contextlib.redirect_stderr(io.StringIO()) as stderr,
         ):
             self.assertEqual(bench.main(["wrong"]), 1)
-            with self.assertRaises(SystemExit):
-                bench.main(["unknown"])
+            for arguments in (["unknown"], ["--pairs", "0"], ["--pairs", "-1"], ["--json", "/no/such/file"]):
+                with self.assertRaises(SystemExit) as caught:
+                    bench.main(arguments)
+                self.assertEqual(caught.exception.code, 2)
         self.assertIn("bench: nothing was right\n", stderr.getvalue())
+        self.assertIn("/no/such/file: No such file", stderr.getvalue())
+
+    def test_what_was_measured_before_an_interrupt_is_kept(self) -> None:
+        def interrupted(options: Options) -> bench_runs.Found:
+            yield Result("idle", "memory", "MB", [17.0])
+            raise KeyboardInterrupt
+
+        with (
+            mock.patch.dict(bench.CASES, {"interrupted": ("", interrupted)}),
+            contextlib.redirect_stdout(io.StringIO()),
+            tempfile.NamedTemporaryFile() as file,
+        ):
+            self.assertEqual(bench.main(["interrupted", "--json", file.name]), 130)
+            self.assertEqual([each["median"] for each in json.load(file)["results"]], [17.0])
 
 
 class Table(unittest.TestCase):
@@ -148,8 +169,9 @@ class Table(unittest.TestCase):
     def test_what_is_printed_and_written(self) -> None:
         with bench.place() as base, contextlib.redirect_stdout(io.StringIO()) as stdout:
             path = f"{base}/figures.json"
-            self.assertEqual(bench.show({"cores": 2}, iter(self.FOUND), path), 0)
-            with open(path, encoding="utf-8") as file:
+            with open(path, "w+", encoding="utf-8") as file:
+                bench.show({"cores": 2}, iter(self.FOUND), file)
+                file.seek(0)
                 written = json.load(file)
         self.assertEqual(stdout.getvalue().splitlines(), ["cores:       2", *(each.row() for each in self.FOUND)])
         self.assertEqual(written["machine"], {"cores": 2})

@@ -7,6 +7,7 @@ Most of it talks to `Fake`, a daemon that only repeats what a test gave it, so t
 from __future__ import annotations
 
 import fcntl
+import inspect
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import typing
 import unittest
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -1103,9 +1105,12 @@ class Library(unittest.TestCase):
             library.watch("nope", 0)
         self.assertFalse(os.path.exists(self.daemon.home.directory))
 
-    def test_all_that_it_exports_is_documented(self) -> None:
+    def test_all_that_it_exports_is_documented_and_typed(self) -> None:
         for name in library.__all__:
-            self.assertTrue(getattr(library, name).__doc__, name)
+            found = getattr(library, name)
+            self.assertTrue(found.__doc__, name)
+            if inspect.isfunction(found) and name != "main":
+                self.assertIn("return", typing.get_type_hints(found), name)
 
 
 class UserForm(unittest.TestCase):

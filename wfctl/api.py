@@ -15,26 +15,50 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from typing import TypedDict, cast
 
 from wfctl import client, history
-from wfctl.errors import InvalidRequest, InvalidWorkflow
+from wfctl.documents import absolute, checked, directory_of, document_in, parse, read_file, submit_document
+from wfctl.errors import InvalidRequest
 from wfctl.history import Replay
 from wfctl.watch import Watch
 from wfd import definition
 from wfd.definition import Workflow
 from wfd.events import Line
-from wfd.paths import RUN_ID_RULE, Home, is_run_id
+from wfd.paths import Home
 
-TYPE_CHECKING = False  # As in typing, whose import costs a tenth of a whole `run`.
-if TYPE_CHECKING:
-    from typing import cast
 
-    from wfctl.statuses import RunStatus
-else:
+class StepStatus(TypedDict):
+    """One step of a run. Times are RFC 3339 UTC. `because`: the dependency for which it was skipped; `delay_ms`: how
+    long a READY step waits before it is tried again."""
 
-    def cast(kind, value):
-        """What typing's does at run time."""
-        return value
+    id: str
+    state: str
+    attempt: int
+    exit_code: int | None
+    reason: str | None
+    because: str | None
+    started_at: str | None
+    finished_at: str | None
+    delay_ms: int
+    depends_on: list[str]
+
+
+class RunStatus(TypedDict):
+    """A run, with its steps in the order of the definition. `source` is "daemon" or "log"; `stalled` says why nothing
+    of the run can start at present, or is None."""
+
+    run_id: str
+    workflow_id: str
+    state: str
+    reason: str
+    source: str
+    stalled: str | None
+    submitted_at: str
+    finished_at: str | None
+    last_seq: int
+    cwd: str
+    steps: list[StepStatus]
 
 
 Source = Workflow | Mapping[str, object] | str | os.PathLike[str]
@@ -42,13 +66,13 @@ Source = Workflow | Mapping[str, object] | str | os.PathLike[str]
 
 def load(path: str | os.PathLike[str]) -> Workflow:
     """Read and check a workflow file. Raises InvalidWorkflow."""
-    return _parse(read_file(os.fspath(path)), directory_of(os.fspath(path)))
+    return parse(read_file(os.fspath(path)), directory_of(os.fspath(path)))
 
 
 def validate(document: Mapping[str, object], base_dir: str | None = None) -> Workflow:
     """Check a decoded JSON document. Relative `cwd`s in it start at `base_dir`, or at the current directory.
     Raises InvalidWorkflow, which holds every problem."""
-    return checked(document, _absolute(base_dir or "."))
+    return checked(document, absolute(base_dir or "."))
 
 
 def submit(workflow: Source, run_id: str | None = None, *, max_parallel: int | None = None) -> str:
@@ -66,7 +90,7 @@ def run(workflow: Source, run_id: str | None = None, *, max_parallel: int | None
     run_id = submit(workflow, run_id, max_parallel=max_parallel)
     home = client.current_home()
     _wait(home, run_id, revives=True)
-    return cast("RunStatus", client.status(home, run_id))
+    return cast(RunStatus, client.status(home, run_id))
 
 
 def wait(run_id: str) -> str:
@@ -78,7 +102,7 @@ def wait(run_id: str) -> str:
 def status(run_id: str) -> RunStatus:
     """The state of a run, from the daemon, or from the log when none answers. Raises NoSuchRun, RunDamaged."""
     home = client.current_home()
-    return cast("RunStatus", client.status(home, client.resolve(home, run_id)))
+    return cast(RunStatus, client.status(home, client.resolve(home, run_id)))
 
 
 def watch(run_id: str, from_seq: int = 1) -> Iterator[Line]:
@@ -125,69 +149,6 @@ def _wait(home: Home, run_id: str, revives: bool) -> str:
 
 
 # -- definitions -------------------------------------------------------------------------------------------------------
-
-
-def read_file(path: str) -> bytes:
-    """The bytes of a workflow file. Raises InvalidWorkflow."""
-    try:
-        with open(path, "rb") as file:
-            # One byte more than is allowed is enough to be refused; /dev/zero has no end.
-            return file.read(definition.MAX_DEFINITION_BYTES + 1)
-    except OSError as error:
-        raise InvalidWorkflow(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise InvalidWorkflow(f"{path!r} is no path: it contains NUL") from None
-
-
-def directory_of(path: str) -> str:
-    """Where the relative directories of a workflow file start."""
-    return os.path.dirname(_absolute(path))
-
-
-def _absolute(path: str) -> str:
-    """The path, in the encoding of requests, from the root on."""
-    path = client.as_sent(path)
-    return os.path.normpath(path if path.startswith("/") else f"{client.current_directory()}/{path}")
-
-
-def document_in(text: bytes, base_dir: str) -> dict[str, object]:
-    """The user's own document, checked. Raises InvalidWorkflow."""
-    _parse(text, base_dir)
-    return cast("dict[str, object]", definition.decode(text))
-
-
-def checked(document: Mapping[str, object], base_dir: str) -> Workflow:
-    """The workflow in a document; `base_dir` is absolute and in the encoding of requests. Raises InvalidWorkflow."""
-    try:
-        return definition.validate(dict(document), base_dir)
-    except definition.DefinitionError as error:
-        raise _refused(error) from None
-
-
-def submit_document(
-    document: Mapping[str, object], base_dir: str, run_id: str | None = None, max_parallel: int | None = None
-) -> dict[str, object]:
-    """Submit a document that need not have been checked. Nothing is started for one that is refused. Returns what
-    client.submit does."""
-    if max_parallel is not None:
-        document = {**document, "max_parallel": max_parallel}
-    checked(document, base_dir)
-    if run_id is not None and not (isinstance(run_id, str) and is_run_id(run_id)):
-        raise InvalidRequest(f"{run_id!r} cannot be a run id: it has {RUN_ID_RULE}")
-    home = client.current_home()
-    run_id = client.new_run_id(home) if run_id is None else run_id
-    return client.submit(home, run_id, document, base_dir)
-
-
-def _parse(text: bytes, base_dir: str) -> Workflow:
-    try:
-        return definition.parse(text, base_dir)
-    except definition.DefinitionError as error:
-        raise _refused(error) from None
-
-
-def _refused(error: definition.DefinitionError) -> InvalidWorkflow:
-    return InvalidWorkflow(str(error), tuple((problem.path, problem.message) for problem in error.problems))
 
 
 def _document_of(workflow: Source) -> tuple[dict[str, object], str]:

@@ -238,13 +238,13 @@ def _is_terminal() -> bool:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from wfctl import api
+    from wfctl import documents
 
     document, base_dir = _read_workflow(args.workflow)
     home = client.current_home()
     run_id = args.run_id if args.run_id is not None else client.new_run_id(home)
     try:
-        is_new = api.submit_document(document, base_dir, run_id, args.max_parallel)["created"]
+        is_new = documents.submit_document(document, base_dir, run_id, args.max_parallel)["created"]
     except InvalidWorkflow as error:
         raise _located(args.workflow, error) from None
     except KeyboardInterrupt:
@@ -264,16 +264,16 @@ def _run(args: argparse.Namespace) -> int:
 
 def _read_workflow(name: str) -> tuple[dict[str, object], str]:
     """The document in a file, or in stdin, and where its relative directories start. Raises InvalidWorkflow."""
-    from wfctl import api
+    from wfctl import documents
     from wfd.definition import MAX_DEFINITION_BYTES
 
     if name == "-":
         base_dir = client.current_directory()
         text = sys.stdin.buffer.read(MAX_DEFINITION_BYTES + 1)
     else:
-        text, base_dir = api.read_file(name), api.directory_of(name)
+        text, base_dir = documents.read_file(name), documents.directory_of(name)
     try:
-        return api.document_in(text, base_dir), base_dir
+        return documents.document_in(text, base_dir), base_dir
     except InvalidWorkflow as error:
         raise _located(name, error) from None
 
@@ -339,6 +339,7 @@ def _wait_for_end(args: argparse.Namespace, run_id: str, deadline_sec: float | N
     assert isinstance(last_seq, int)
     watch = Watch(home, run_id, last_seq + 1, tick_sec, viewer.View(_sayer(args)).wait, revives, deadline_sec, only_end=True)
     for _ in watch:
+        viewer.check_reader()
         if deadline_sec is not None and time.monotonic() >= deadline_sec:
             return None
     return watch.state
@@ -488,10 +489,10 @@ def _logs(args: argparse.Namespace) -> int:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from wfctl import api
+    from wfctl import documents
 
     document, base_dir = _read_workflow(args.workflow)
-    workflow = api.checked(document, base_dir)
+    workflow = documents.checked(document, base_dir)
     if args.json:
         _print_json({"valid": True, "workflow_id": workflow.workflow_id, "steps": len(workflow.steps)})
     else:

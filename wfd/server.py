@@ -42,7 +42,7 @@ _RECEIVE_BYTES = 1 << 16
 
 
 class Connection:
-    """One client. is_drained tells whoever feeds it that there is room again; on_close lets go of what belongs to it."""
+    """One client. inbox, outbox: bytes not taken yet, by us and by it; is_busy: a request is in hand."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
