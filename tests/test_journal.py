@@ -774,6 +774,18 @@ class Markers(OnDisk):
         for path in (self.home.live, self.home.runs):
             sync.assert_any_call(path)
 
+    def test_the_marker_of_a_recovered_run_is_synced_and_new(self) -> None:
+        # A sync of the old one may have failed before: then another would succeed and mean nothing.
+        self.create()
+        before = os.stat(f"{self.home.live}/r1").st_ino
+        synced: list[int] = []
+        with mock.patch.object(journal, "sync", lambda fd: synced.append(os.fstat(fd).st_ino)):
+            self.recover()
+        after = os.stat(f"{self.home.live}/r1").st_ino
+        self.assertNotEqual(after, before)
+        self.assertIn(after, synced)
+        self.assertEqual(os.listdir(self.home.live), ["r1"])
+
 
 # -- leaves ------------------------------------------------------------------------------------------------------------
 
