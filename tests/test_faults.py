@@ -322,7 +322,7 @@ class OtherUser(Daemon):
     program = (
         "-S",
         "-c",
-        f"import encodings.ascii, os; {HASTY}"
+        f"import encodings.ascii, os, shutil; {HASTY}"
         f"os.setgroups([]); os.setgid({OTHER_UID}); os.setuid({OTHER_UID}); sys.exit(main())",
     )
 

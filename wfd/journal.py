@@ -483,7 +483,11 @@ def mark_live(home: Home, run_id: str) -> None:
     with suppress(FileNotFoundError):
         os.unlink(made)
     _write_file(made, b"")
-    os.rename(made, f"{home.live}/{run_id}")
+    try:
+        os.rename(made, f"{home.live}/{run_id}")
+    except IsADirectoryError:
+        # Somebody has put it there. It marks the run as well as a file does.
+        os.unlink(made)
 
 
 def unmark_live(home: Home, run_id: str) -> None:
