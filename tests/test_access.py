@@ -132,7 +132,8 @@ class Modes(Case):
                 continue
             pid, name, rest = call.groups()
             if name == "umask":
-                umasks[pid] = int(rest.partition(")")[0], 8)
+                # Behind it comes a bracket, or `<unfinished ...>` where another process was faster.
+                umasks[pid] = int(re.split("[^0-7]", rest)[0], 8)
                 continue
             found = re.search(r'"([^"]*)"', rest)
             if found is None or not found[1].startswith(self.top):
