@@ -505,7 +505,8 @@ class History(World):
 
     def _may_be_damaged(self, ledger: Ledger) -> bool:
         """By us, or by a creation that failed and whose ruins a power cut has kept: nobody was told of that run."""
-        if not ledger.lines and self.kernel.disk.find(_HOME.run(ledger.run_id).environment) is None:
+        files = _HOME.run(ledger.run_id)
+        if not ledger.lines and None in map(self.kernel.disk.find, (files.environment, files.events)):
             ledger.is_damaged = True
         return ledger.is_damaged
 
