@@ -551,7 +551,8 @@ class History(World):
                 return False
         for ledger in self.ledgers.values():
             if ledger.is_damaged:
-                if not ledger.is_quarantined:
+                # The ruin of a creation may have no marker, by which a daemon would have found it.
+                if ledger.lines and not ledger.is_quarantined:
                     return False
             elif not ledger.is_over:
                 return False
