@@ -104,7 +104,11 @@ class File:
         if way == 1:
             return base + tail[:start] + b"\0" * (len(tail) - start)
         if way == 2:
-            return base + tail[:start] + bytes(chance.pick(_RUBBISH) for _ in range(end - start)) + tail[end:]
+            before, rubbish = base + tail[:start], bytes(chance.pick(_RUBBISH) for _ in range(end - start))
+            if before[-1:].isdigit() and rubbish[:1] == b"\n":
+                # Nor does any end a number before its last digit.
+                rubbish = b"\0" + rubbish[1:]
+            return before + rubbish + tail[end:]
         return base + b"\0" * start + tail[start:]
 
 
