@@ -239,7 +239,8 @@ def _link_to(target: str) -> Callable[[str], None]:
     return lambda path: os.symlink(target, path)
 
 
-def _bind(path: str) -> None:
+def bind(path: str) -> None:
+    """A socket in the place of a file."""
     # From its directory, since the whole path may be too long for a socket.
     with socket.socket(socket.AF_UNIX) as listener:
         here = os.open(".", os.O_RDONLY)
@@ -298,7 +299,7 @@ THINGS: tuple[Thing, ...] = (
     # In the place of a log.
     Thing("a FIFO for a log", _log(os.mkfifo), _STATUS, 6, "events.ndjson is not a plain file"),
     Thing("a directory for a log", _log(os.mkdir), _STATUS, 6, "events.ndjson is not a plain file"),
-    Thing("a socket for a log", _log(_bind), _STATUS, 6, "events.ndjson"),
+    Thing("a socket for a log", _log(bind), _STATUS, 6, "events.ndjson"),
     Thing("a link for a log", _log(_link_to("../r2/events.ndjson")), _STATUS, 6, "events.ndjson cannot be opened"),
     Thing("a link to nothing for a log", _log(_link_to("nothing")), _STATUS, 6, "events.ndjson cannot be opened"),
     Thing("/dev/zero for a log", _log(_link_to("/dev/zero")), _STATUS, 6, "events.ndjson cannot be opened"),
@@ -356,7 +357,7 @@ THINGS: tuple[Thing, ...] = (
     Thing("a directory for the lock", lambda home: os.mkdir(home.lock), _STATUS, 0, "FAILED"),
     Thing("a file for the socket", _socket(lambda path: Path(path).touch()), _STATUS, 0, "FAILED"),
     Thing("a FIFO for the socket", _socket(os.mkfifo), _STATUS, 0, "FAILED"),
-    Thing("a socket of nobody", _socket(_bind), _STATUS, 0, "FAILED"),
+    Thing("a socket of nobody", _socket(bind), _STATUS, 0, "FAILED"),
     Thing("a link to itself for the socket", _socket(_loop), _STATUS, 0, "FAILED"),
     Thing("a FIFO for the daemon's log", lambda home: os.mkfifo(home.log), ("run", "{file}"), 4, "cannot be started"),
     Thing("a directory for the daemon's log", lambda home: os.mkdir(home.log), ("run", "{file}"), 4, "cannot be started"),

@@ -22,12 +22,12 @@ import sys
 import termios
 import threading
 import unittest
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
 from tests import logs
-from tests.daemon import DEADLINE_SEC, ROOT, Daemon, step, wait_until
+from tests.daemon import DEADLINE_SEC, ROOT, Daemon, deadline, step, wait_until
 from wfctl import cli, client
 from wfd import events
 
@@ -57,22 +57,6 @@ class Result:
         return json.loads(self.out)
 
 
-@contextlib.contextmanager
-def in_time() -> Iterator[None]:
-    """Who waits here in vain is interrupted at last."""
-
-    def interrupt(*_: object) -> None:
-        raise AssertionError(f"it was not over after {DEADLINE_SEC} s")
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.alarm(DEADLINE_SEC)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 class Case(unittest.TestCase):
     """A home of its own; `self.daemon` is not started unless a test does it, but cleans up whatever is."""
 
@@ -91,13 +75,13 @@ class Case(unittest.TestCase):
         settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
         process = subprocess.Popen([*program, *arguments], cwd=self.daemon.directory, env=self.environ, **settings)
         # Whoever reads from it in vain reads the end of file at last.
-        deadline = threading.Timer(DEADLINE_SEC, process.kill)
-        deadline.start()
-        self.addCleanup(self.end, process, deadline)
+        alarm = threading.Timer(DEADLINE_SEC, process.kill)
+        alarm.start()
+        self.addCleanup(self.end, process, alarm)
         return process
 
-    def end(self, process: subprocess.Popen[bytes], deadline: threading.Timer) -> None:
-        deadline.cancel()
+    def end(self, process: subprocess.Popen[bytes], alarm: threading.Timer) -> None:
+        alarm.cancel()
         process.kill()
         process.communicate()
 
@@ -105,7 +89,7 @@ class Case(unittest.TestCase):
         """What a command line comes to, in this process."""
         streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
         with (
-            in_time(),
+            deadline(),
             contextlib.chdir(self.daemon.directory),
             mock.patch.dict(os.environ, self.environ, clear=True),
             mock.patch.object(sys, "argv", [PROGRAM[-1]]),

@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 from tests import logs
+from tests.hostile_logs import bind
 from tests.logs import AT, Log, step, workflow
 from wfd import journal
 from wfd.events import (
@@ -467,17 +467,6 @@ class Damage(OnDisk):
             journal.recover(self.home, "r1")
 
     def test_what_is_no_plain_file(self) -> None:
-        def bind(path: str) -> None:
-            # A path that is too long for a socket address is reached from its directory.
-            with socket.socket(socket.AF_UNIX) as listener:
-                here = os.open(".", os.O_RDONLY)
-                try:
-                    os.chdir(os.path.dirname(path))
-                    listener.bind(os.path.basename(path))
-                finally:
-                    os.fchdir(here)
-                    os.close(here)
-
         cases: tuple[tuple[str, Callable[[str], object], str], ...] = (
             ("fifo", os.mkfifo, "not a plain file"),
             ("directory", os.mkdir, "not a plain file"),
