@@ -138,10 +138,7 @@ def replay(run_id: str, until: int | None = None) -> Replay:
 
 
 def _wait(home: Home, run_id: str, revives: bool) -> str:
-    # Its history is not needed: what `status` has seen of it is behind us.
-    last_seq = client.status(home, run_id)["last_seq"]
-    assert isinstance(last_seq, int)
-    watch = Watch(home, run_id, last_seq + 1, revives=revives, only_end=True)
+    watch = Watch(home, run_id, revives=revives, only_end=True)
     for _ in watch:
         pass
     assert watch.state is not None

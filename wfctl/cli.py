@@ -335,9 +335,8 @@ def _wait_for_end(args: argparse.Namespace, run_id: str, deadline_sec: float | N
     tick_sec = viewer.TICK_SEC
     if deadline_sec is not None:
         tick_sec = min(tick_sec, max(0.01, (deadline_sec - time.monotonic()) / 10))
-    last_seq = client.status(home, run_id, answer_sec=client.patience_sec(deadline_sec))["last_seq"]
-    assert isinstance(last_seq, int)
-    watch = Watch(home, run_id, last_seq + 1, tick_sec, viewer.View(_sayer(args)).wait, revives, deadline_sec, only_end=True)
+    on_wait = viewer.View(_sayer(args)).wait
+    watch = Watch(home, run_id, 1, tick_sec, on_wait, revives, deadline_sec, only_end=True)
     for _ in watch:
         viewer.check_reader()
         if deadline_sec is not None and time.monotonic() >= deadline_sec:
