@@ -233,7 +233,7 @@ def run_at_once(daemon: Daemon, graph: Graph, count: int) -> tuple[float, list[s
     for client in clients:
         _take_acknowledgement(client)
     # A run's marker goes when its end is durable. Looking at markers costs the daemon nothing.
-    wait_until(lambda: not os.listdir(daemon.home.live), "the end of all runs", daemon.explain)
+    daemon.wait_until_let_go()
     seconds = time.perf_counter() - start
     for client in clients:
         client.close()

@@ -421,6 +421,10 @@ class Daemon:
         assert found is not None
         return found
 
+    def wait_until_let_go(self) -> None:
+        """Until the daemon has nothing to do with any run. The line that ends a run is in its log a moment before."""
+        wait_until(lambda: not os.listdir(self.home.live), "the end of all live markers", self.explain)
+
     def wait_for_event(self, run_id: str, name: str, count: int = 1, **fields: object) -> Line:
         """The count-th event of this name with these values."""
 
@@ -537,7 +541,7 @@ def shared() -> Iterator[Daemon]:
         known = daemon.run_ids()
         daemon.directory = tempfile.mkdtemp(prefix="work-", dir=daemon.base)
         yield daemon
-        wait_until(lambda: not os.listdir(daemon.home.live), "the end of all runs", daemon.explain)
+        daemon.wait_until_let_go()
         daemon.check(known)
     except BaseException:
         _end_shared()

@@ -63,7 +63,7 @@ def _submit(daemon: Daemon, *steps: dict[str, object], **fields: Any) -> None:
 def _finished(daemon: Daemon) -> None:
     """Until the run is over and its daemon has let go of it."""
     daemon.wait_for("golden")
-    wait_until(lambda: not os.listdir(daemon.home.live), "the end of its marker")
+    daemon.wait_until_let_go()
 
 
 def _opened(daemon: Daemon) -> None:
@@ -107,7 +107,7 @@ def _repaired(daemon: Daemon, tail: bytes) -> None:
     """The same for a run that is over."""
     _torn_and_restarted(daemon, tail)
     daemon.wait_for_event("golden", "log_recovered")
-    wait_until(lambda: not os.listdir(daemon.home.live), "the end of its marker")
+    daemon.wait_until_let_go()
 
 
 def diamond(daemon: Daemon) -> None:

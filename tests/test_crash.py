@@ -25,7 +25,7 @@ from unittest import mock
 from tests import counted, kills, logs
 from tests.daemon import Daemon, Refused, step, wait_until
 from tests.test_orphans import ARE_FOUND
-from tests.torn import CutLog, CutStatus, read_log, remove_attempts, status_of, wait_until_let_go, write_log
+from tests.torn import CutLog, CutStatus, read_log, remove_attempts, status_of, write_log
 from wfd import decide, journal, process, protocol, requests, supervisor
 from wfd.events import StepStarted, SupervisorStarted
 from wfd.journal import Damaged
@@ -306,7 +306,7 @@ class LogCut(unittest.TestCase):
                 self.assertEqual(daemon.wait_for(run_id).state, "FAILED")
                 self.assertEqual(daemon.states(run_id), self.END)
                 self.assertEqual([counted.executions(daemon, run_id, name) for name in self.END], counts)
-                wait_until_let_go(daemon)
+                daemon.wait_until_let_go()
         for kept in range(1, last_start):
             data = b"".join(self.lines[:kept])
             write_log(daemon, run_id, data)
@@ -366,7 +366,7 @@ class FinishedAndDamaged(unittest.TestCase):
         with Daemon() as daemon:
             daemon.damaged.add(run_id := daemon.submit(step("a", "true"), step("b", "false", "a")))
             daemon.wait_for(run_id)
-            wait_until_let_go(daemon)
+            daemon.wait_until_let_go()
             log = read_log(daemon, run_id)
             # In the last batch, too: then what follows would be a torn tail, were it not for the end that it tells.
             for number in (2, len(log.splitlines()) - 3):

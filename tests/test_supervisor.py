@@ -265,7 +265,7 @@ class TestSubmitting(DaemonTest):
             self.assertEqual([answer["id"] for answer in answers], list(range(40)))
             for answer in answers:
                 daemon.wait_for(answer["result"]["run_id"], "SUCCEEDED")
-            self.assertEqual(os.listdir(daemon.home.live), [])
+            daemon.wait_until_let_go()
 
     def test_a_refused_definition_leaves_no_run(self) -> None:
         with shared() as daemon:
@@ -462,7 +462,7 @@ class TestRetries(DaemonTest):
             self.assertEqual(daemon.request("retry", run_id=run_id, request="q1")["state"], "FAILED")
             self.assertEqual(daemon.names(run_id).count("run_retried"), 1)
             self.assertEqual(daemon.read("out"), "x\nx\n")
-            self.assertEqual(os.listdir(daemon.home.live), [])
+            daemon.wait_until_let_go()
 
     def test_a_retry_that_is_repeated_after_the_new_end_is_answered_alike(self) -> None:
         with shared() as daemon:
@@ -470,7 +470,7 @@ class TestRetries(DaemonTest):
             daemon.wait_for(run_id, "FAILED")
             daemon.request("retry", run_id=run_id, request="q1")
             daemon.wait_for(run_id, "SUCCEEDED")
-            wait_until(lambda: not os.listdir(daemon.home.live), "the end of its marker")
+            daemon.wait_until_let_go()
             self.assertEqual(daemon.request("retry", run_id=run_id, request="q1")["state"], "SUCCEEDED")
             with self.assertRaises(Refused):
                 daemon.request("retry", run_id=run_id, request="q2")

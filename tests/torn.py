@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from tests import counted, mutations, points
 from tests.counted import COUNT
-from tests.daemon import ROOT, Daemon, step, wait_until
+from tests.daemon import ROOT, Daemon, step
 from tests.proof import Row
 from wfd import decide
 from wfd.events import LogRecovered, StepStarted
@@ -46,11 +46,6 @@ def remove_attempts(daemon: Daemon, run_id: str) -> None:
 def status_of(daemon: Daemon, run_id: str) -> str:
     """The state that the daemon tells. Asking makes it take over a run that has no live marker."""
     return str(daemon.request("status", run_id=run_id)["state"])
-
-
-def wait_until_let_go(daemon: Daemon) -> None:
-    """Until the daemon has nothing to do with any run."""
-    wait_until(lambda: not os.listdir(daemon.home.live), "the end of all live markers", daemon.explain)
 
 
 class CutLog:
@@ -113,7 +108,7 @@ class CutLog:
                 assert kept == self.whole[good:cut], f"cut at {cut}: {kept!r} is kept"
 
     def _wait_for_end(self) -> None:
-        wait_until_let_go(self.daemon)
+        self.daemon.wait_until_let_go()
         state, ended = self.daemon.fold(self.run_id).state, self.daemon.states(self.run_id)
         assert (state, ended) == ("FAILED", self.END), f"{state}: {ended}\n{self.daemon.story(self.run_id)}"
 
@@ -124,7 +119,7 @@ class CutStatus:
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
         self.run_id = daemon.submit(step("a", COUNT + "exit 7"))
-        wait_until_let_go(daemon)
+        daemon.wait_until_let_go()
         lines = read_log(daemon, self.run_id).splitlines(True)
         last = next(n for n, line in enumerate(daemon.events(self.run_id), 1) if isinstance(line.event, StepStarted))
         self._started = b"".join(lines[:last])
@@ -140,7 +135,7 @@ class CutStatus:
         write_log(daemon, run_id, self._started)
         before = counted.executions(daemon, run_id, "a")
         status_of(daemon, run_id)
-        wait_until_let_go(daemon)
+        daemon.wait_until_let_go()
         ran = counted.executions(daemon, run_id, "a") - before
         names = [name for name in daemon.names(run_id) if name.startswith("attempt_")]
         kept_lines = self.whole[:length].count(b"\n")
