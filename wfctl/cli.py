@@ -397,10 +397,9 @@ def _list(args: argparse.Namespace) -> int:
     answer = client.ask(home, "list", {}, _sayer(args))
     found = answer["runs"] if answer is not None else []
     live = {run["run_id"]: run for run in found} if isinstance(found, list) else {}
-    ids, unfinished = history.run_ids(home), marked | live.keys()
-    shown = history.newest(home, ids, None if args.all else LIST_LIMIT)
+    shown, ids = history.newest(home, None if args.all else LIST_LIMIT)
     # However old a run is that still goes on, it belongs to the picture.
-    shown += history.newest(home, list(unfinished.difference(shown)))
+    shown += history.last_first(home, (marked | live.keys()).difference(shown))
     runs = [row for run_id in shown if (row := live.get(run_id) or history.summary(home, run_id)) is not None]
     waiting = marked - live.keys() if answer is not None else ()
     for run in runs:
