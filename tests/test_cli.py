@@ -793,6 +793,25 @@ class Replaying(Case):
         self.assertEqual([row["state"] for row in self.call("list", "--json").json["runs"]], ["SUCCEEDED", "DAMAGED"])
         self.assertEqual(self.call("status", "r2").code, 0)
 
+    def test_a_log_that_is_too_long_for_the_daemon_is_read_by_whoever_asks(self) -> None:
+        """P7: its last line, which is all that the daemon looks at, proves nothing about those before it."""
+        steps = [logs.step(f"s{number}", command="true #" + "x" * 900_000) for number in range(5)]
+        log = logs.complete(logs.workflow(*steps))
+        self.rewrite(log.data)
+        self.daemon.start()
+        asked = (("wait",), ("watch", "-q"), ("watch", "--json"), ("cancel",), ("cancel", "--wait"))
+        for command in asked:
+            with self.subTest(command=command):
+                result = self.call(*command, "r1")
+                self.assertEqual((result.code, result.err), (0, ""))
+        lines = log.data.splitlines(keepends=True)
+        self.rewrite(b"".join([*lines[:4], lines[4].replace(b'"cause":', b'"couse":'), *lines[5:]]))
+        self.daemon.damaged.add("r1")
+        for command in asked:
+            with self.subTest(command=command, is_damaged=True):
+                result = self.call(*command, "r1")
+                self.assertEqual((result.code, result.err.count("\n")), (6, 1))
+                self.assertIn("run r1 is damaged and was not touched: line 5 is ", result.err)
 
     def test_attempts_that_the_log_does_not_know(self) -> None:
         """P7: a log that was cut, with what it had promised still on disk."""

@@ -755,7 +755,12 @@ class TestAnswers(DaemonTest):
         with shared() as daemon:
             run_id = daemon.submit(*(step(f"s{number}", "true #" + "x" * 900_000) for number in range(5)))
             daemon.wait_for(run_id, "SUCCEEDED")
-            self.assertEqual(self.refused(daemon, "status", run_id=run_id).code, protocol.READ_THE_LOG)
+            for method, params in (
+                ("status", {}), ("cancel", {"request": "q"}), ("watch", {"from_seq": 1, "only_end": True})
+            ):  # fmt: skip
+                with self.subTest(method=method):
+                    self.assertEqual(self.refused(daemon, method, run_id=run_id, **params).code, protocol.READ_THE_LOG)
+            self.assertEqual(daemon.request("watch", run_id=run_id, from_seq=1)["state"], "SUCCEEDED")
 
 
 class TestFaultsOfOneRun(DaemonTest):

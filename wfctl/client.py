@@ -610,7 +610,13 @@ def submit(home: Home, run_id: str, document: Mapping[str, object], base_dir: st
 
 def cancel(home: Home, run_id: str) -> dict[str, object]:
     """Ask for the end of a run. Returns {"run_id", "state"} once the request is durable."""
-    return command(home, "cancel", {"run_id": run_id, "request": os.urandom(8).hex()})
+    try:
+        return command(home, "cancel", {"run_id": run_id, "request": os.urandom(8).hex()})
+    except ReadTheLog:
+        # It is over, and there is nothing to cancel.
+        from wfctl import history
+
+        return {"run_id": run_id, "state": history.status(home, run_id)["state"]}
 
 
 def retry(home: Home, run_id: str) -> dict[str, object]:

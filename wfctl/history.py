@@ -74,7 +74,9 @@ def newest(home: Home, count: int | None = None) -> tuple[list[str], list[str]]:
     `count`. A name that a user chose tells nothing, nor does one from the future."""
     now = _stamp(time.time())
     # Ten thousand names are looked at once; as two filters that was a twentieth of a whole `list` more.
-    is_generated, dated, others = _GENERATED.fullmatch, [], []
+    is_generated = _GENERATED.fullmatch
+    dated: list[str] = []
+    others: list[str] = []
     for name in _names(home):
         (dated if is_generated(name) and name <= now else others).append(name)
     exact = {run_id: _submitted_ns(home, run_id) for run_id in filter(RUN_ID.fullmatch, others)}

@@ -169,6 +169,11 @@ class Watch:
         return found.st_dev, found.st_ino, found.st_size
 
     def _from_log(self) -> Iterator[Line]:
+        if self._only_end:
+            run = history.fold(self._home, self._run_id)
+            self.next_seq = run.seq + 1
+            self.state = run.state.value if run.is_over else None
+            return
         state = None
         for line in history.lines(self._home, self._run_id):
             if isinstance(line.event, RunFinished):

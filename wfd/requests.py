@@ -185,11 +185,16 @@ def _fold_finished(files: RunFiles, run_id: str) -> Run:
     return run
 
 
-def _check_finished(supervisor: Supervisor, run_id: str) -> None:
-    """Refuse to speak of a finished run whose log is damaged, if it can be read in the loop. Raises Damaged, OSError."""
-    files = supervisor.home.run(run_id)
-    if os.stat(files.events).st_size <= FOLD_LIMIT_BYTES:
-        _fold_finished(files, run_id)
+def _is_long(files: RunFiles) -> bool:
+    return os.stat(files.events).st_size > FOLD_LIMIT_BYTES
+
+
+def _finished(files: RunFiles, run_id: str) -> Run:
+    """The same for an answer: a log that is too long for the loop is left to whoever asks. Raises ProtocolError, Damaged,
+    OSError."""
+    if _is_long(files):
+        raise ProtocolError(protocol.READ_THE_LOG, f"run {run_id} is over and its log is long: read it yourself")
+    return _fold_finished(files, run_id)
 
 
 def _state_of(supervisor: Supervisor, run_id: str) -> str:
@@ -207,11 +212,8 @@ def _status(supervisor: Supervisor, connection: Connection, params: dict[str, ob
     if live is not None:
         # Looked up when the answer is built: a failed commit gives the run its earlier state back.
         return None, lambda: {**live.run.describe(), "source": "daemon", "stalled": live.stalled}
-    files = supervisor.home.run(run_id)
-    if os.stat(files.events).st_size > FOLD_LIMIT_BYTES:
-        raise ProtocolError(protocol.READ_THE_LOG, f"run {run_id} is over and its log is long: read it yourself")
     # Looked up now: later in this turn somebody may have the run tried again, and then its log has no end any more.
-    run = _fold_finished(files, run_id)
+    run = _finished(supervisor.home.run(run_id), run_id)
     return None, lambda: {**run.describe(), "source": "daemon", "stalled": None}
 
 
@@ -245,7 +247,7 @@ def _cancel(supervisor: Supervisor, connection: Connection, params: dict[str, ob
             raise
         run_id, live = _find(supervisor, params)
     if live is None:
-        _check_finished(supervisor, run_id)
+        _finished(supervisor.home.run(run_id), run_id)
     else:
         supervisor.cancel(live, str(params["request"]))
     return live, lambda: {"run_id": run_id, "state": _state_of(supervisor, run_id)}
@@ -282,11 +284,12 @@ def _tried_again(supervisor: Supervisor, run: Run, live: LiveRun | None, request
 
 def _watch(supervisor: Supervisor, connection: Connection, params: dict[str, object]) -> _Answer:
     run_id, owner = _find(supervisor, params)
-    if owner is None:
-        _check_finished(supervisor, run_id)
     from_seq = params["from_seq"]
     assert isinstance(from_seq, int)
     files, only_end = supervisor.home.run(run_id), bool(params.get("only_end"))
+    # Whoever is shown all lines checks them himself. The end alone proves nothing.
+    if owner is None and (only_end or not _is_long(files)):
+        _finished(files, run_id)
     offset = 0 if only_end else journal.offset_of(files, run_id, from_seq)
 
     def begin() -> dict[str, object]:
