@@ -227,6 +227,35 @@ class TestCommands(unittest.TestCase):
         environ = {"BASH_FUNC_greet%%": "() { echo hello; }"}
         self.assertEqual(Bench(self, "bash").run("greet", environ=environ)[1], "hello\n")
 
+    def test_a_function_in_the_environment_does_not_run_in_the_shim(self) -> None:
+        if "bash" not in SHELLS:
+            self.skipTest("no bash here")
+        suicide = "() { builtin kill -9 $$; }"
+        for name in ("cd", "umask", "ulimit", "echo", "kill", "true", "false"):
+            bench = Bench(self, "bash")
+            environ = {f"BASH_FUNC_{name}%%": suicide}
+            with self.subTest(name=name):
+                outcome, printed = bench.run("expr 1 + 2", environ=environ, limits="command ulimit -c 0")
+                self.assertEqual((outcome.kind, outcome.exit_code, printed), ("exited", 0, "3\n"))
+                self.assertEqual(bench.run(f"{name} a", environ=environ)[0].exit_code, 137)
+
+    def test_where_bash_exports_functions(self) -> None:
+        for name in ("true", "expr"):
+            for variable in (name, f"BASH_FUNC_{name}%%", f"BASH_FUNC_{name}()", f"__BASH_FUNC<{name}>()"):
+                with self.subTest(variable=variable):
+                    bench = Bench(self, "sh")
+                    launch = bench.launch(name, environ={variable: "() { :; }"})
+                    self.assertEqual(process.words(launch), [b"exec", b"/bin/sh", b"-c", name.encode()])
+
+    def test_what_the_shim_does_itself_has_the_limits_of_the_submitter(self) -> None:
+        for shell in SHELLS:
+            for command in ("echo hello", "echo 'hello'"):
+                with self.subTest(shell=shell, command=command):
+                    # A file that may have no byte: whoever writes to one is ended, or told.
+                    outcome, printed = Bench(self, shell).run(command, limits=process.limits({"fsize": 0}))
+                    self.assertEqual((outcome.kind, printed), ("exited", ""))
+                    self.assertNotEqual(outcome.exit_code, 0)
+
     def test_a_command_of_200_kb(self) -> None:
         for shell in SHELLS:
             for first in (": ", "-n "):
@@ -852,8 +881,8 @@ class TestPureParts(unittest.TestCase):
         self.assertEqual(process.limits(ours), "")
         self.assertEqual(process.limits({"unheard-of": 1}), "")
         with soft_limit(resource.RLIMIT_CORE, 0):
-            self.assertEqual(process.limits({"core": -1}), "ulimit -S -c unlimited 2>/dev/null")
-            self.assertEqual(process.limits({"core": 1024}), "ulimit -S -c 2 2>/dev/null")
+            self.assertEqual(process.limits({"core": -1}), "command ulimit -S -c unlimited 2>/dev/null")
+            self.assertEqual(process.limits({"core": 1024}), "command ulimit -S -c 2 2>/dev/null")
 
 
 class TestChildren(unittest.TestCase):

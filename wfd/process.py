@@ -60,33 +60,39 @@ from wfd.paths import AttemptFiles
 #  * `||` after the subshell: bash as sh takes `errexit` from an inherited SHELLOPTS, and would die of the command's status.
 #  * OLDPWD would be the daemon's directory.
 #  * The user's text is never read by this shell, which would be the `$$` of a `kill -9 $$` in it: it is words, or one word.
-#  * What the shell does by itself and without harm, it does here: a subshell would be a fork, 0.3 of 1.2 ms.
+#    `command`, since bash takes functions from the environment, and prefers one that is called `cd` to its own.
+#  * What the shell does by itself and without harm, it does here, and writes the pid line for it: a subshell would be a
+#    fork, 0.3 of 1.2 ms.
 SHIM = """\
 WFD_T= WFD_S=0; trap '' HUP INT QUIT TSTP TTIN TTOU; trap WFD_T=1 TERM
-cd -- "$1" && umask "$2" || { echo "error cwd" >&9; exit 125; }
+command cd -- "$1" && command umask "$2" || { command echo "error cwd" >&9; exit 125; }
 case $4 in
-exec) (trap - HUP INT QUIT TERM TSTP TTIN TTOU; unset WFD_T WFD_S OLDPWD; echo "pid $$" >&9 || exit 125
+exec) (trap - HUP INT QUIT TERM TSTP TTIN TTOU; unset WFD_T WFD_S OLDPWD; command echo "pid $$" >&9 || exit 125
 exec 2>&8 8>&- 9>&-; eval "$3"; shift 3; "$@") || WFD_S=$?;;
-*) echo "pid $$" >&9 || exit 125; shift 3; "$@" 2>&8 8>&- 9>&- || WFD_S=$?;;
+*) command echo "pid $$" >&9 || exit 125; shift 3; "$@" 2>&8 8>&- 9>&- || WFD_S=$?;;
 esac
-echo "exit $WFD_S" >&9 || exit "$WFD_S"
-[ "$WFD_T" ] || kill -s KILL -- -$$
+command echo "exit $WFD_S" >&9 || exit "$WFD_S"
+[ "$WFD_T" ] || command kill -s KILL -- -$$
 exit "$WFD_S"
 """
 _SHELL = "/bin/sh"
 # A command of such words means the same to every shell, which does nothing but look for the first and start it: so the
 # subshell of the shim does, and the step costs one shell instead of two (1 ms of processor time on our 2-core machine).
 _PLAIN_WORDS = re.compile(r"[ \t]*[A-Za-z0-9_./][A-Za-z0-9_./:@%+,-]*([ \t]+[A-Za-z0-9_./:@%+,=-]+)*[ \t]*")
-# Except for what a shell does by itself, in POSIX, bash or ksh. The first few leave the shell that does them as it was,
+# Except for what a shell does by itself, in POSIX, bash, ksh or zsh. The first few leave the shell that does them as it was,
 # whatever their words (bash's `printf -v` and `test -v` would not).
 _HARMLESS = frozenset(("echo", "false", "true"))
 _OWN_TO_SHELLS = frozenset(
-    """. alias bg bind break builtin caller case cd chdir command compgen complete compopt continue coproc declare dirs
-    disown do done elif else enable esac eval exec exit export fc fg fi for function getopts global hash help history if
-    in jobs kill let local login logout mapfile newgrp popd print printf pushd pwd read readarray readonly return select
-    set shift shopt source suspend test then time times trap type typeset ulimit umask unalias unset until wait whence while
+    """. alias autoload bg bind break builtin caller case cd chdir command compgen complete compopt continue coproc declare
+    dirs disown do done elif else enable esac eval exec exit export fc fg fi float for function functions getopts global
+    hash help history if in integer jobs kill let local login logout mapfile nameref newgrp nocorrect noglob popd print
+    printf pushd pwd r read readarray readonly rehash return select set shift shopt source suspend test then time times
+    trap type typeset ulimit umask unalias unset until wait whence where while
     """.split()  # noqa: SIM905 (a list would take a screen)
 )
+# Where bash finds functions in the environment, by their name: from 4.3 on, in two of the mended 3.2 and 4.2, and on macOS.
+# Those before keep them under the name itself.
+_EXPORTED_FUNCTIONS = (b"BASH_FUNC_%b%%%%", b"BASH_FUNC_%b()", b"__BASH_FUNC<%b>()")
 _STATUS_HEADER = b"status 1\n"
 # All that a shim of ours can have written behind it, whole: nothing, its pid, its end, both, or why there was no command.
 # No system has pids of more than ten digits; those that no signal call takes are sorted out by their size.
@@ -271,16 +277,23 @@ def words(launch: Launch) -> list[bytes]:
         _write_script(launch.files.script, command)
         command = b". " + os.fsencode(shlex.quote(launch.files.script))
     elif _PLAIN_WORDS.fullmatch(launch.command):
+        plain = command.split()
         first = launch.command.split()[0]
         if first in _HARMLESS:
-            return command.split()
-        # bash finds functions in the environment.
-        if first not in _OWN_TO_SHELLS and b"BASH_FUNC_%b%%%%" % first.encode() not in launch.environ:
-            return [b"exec", *command.split()]
+            # Under limits that are not the shim's own a shell of its own does it.
+            if not (launch.limits or _is_function(plain[0], launch.environ)):
+                return plain
+        elif first not in _OWN_TO_SHELLS and not _is_function(plain[0], launch.environ):
+            return [b"exec", *plain]
     elif command[:1] in b"-+":
         # `sh -c -x` would take the command for an option.
         command = b" " + command
     return [b"exec", _SHELL.encode(), b"-c", command]
+
+
+def _is_function(name: bytes, environ: Mapping[bytes, bytes]) -> bool:
+    """Has somebody exported a function of this name from a bash?"""
+    return environ.get(name, b"").startswith(b"() {") or any(form % name in environ for form in _EXPORTED_FUNCTIONS)
 
 
 def _write_script(path: str, command: bytes) -> None:
@@ -318,7 +331,7 @@ def limits(wanted: Mapping[str, int]) -> str:
         number, letter, unit = _ULIMIT_LETTERS[name]
         ours = resource.getrlimit(number)[0]
         if value != (-1 if ours == resource.RLIM_INFINITY else ours):
-            calls.append(f"ulimit -S -{letter} {'unlimited' if value < 0 else value // unit} 2>/dev/null")
+            calls.append(f"command ulimit -S -{letter} {'unlimited' if value < 0 else value // unit} 2>/dev/null")
     return "; ".join(calls)
 
 
