@@ -23,7 +23,7 @@ import unittest
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, product
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -880,6 +880,23 @@ class Order(InAHome):
             with self.subTest(count=count):
                 self.assertEqual(history.newest(self.home, count)[0], expected[:count])
         self.assertEqual(history.resolve(self.home, "@latest"), "nightly")
+
+    def test_names_that_are_no_dates(self) -> None:
+        for month, year in product(("00", "02", "13"), ("0000", "1970", "2020", "9999")):
+            self.run_at(f"{year}{month}30-996161-aaaa", 0)
+        ids = os.listdir(self.home.runs)
+        for count in range(1, len(ids) + 1):
+            with self.subTest(count=count):
+                shown, known = history.newest(self.home, count)
+                self.assertEqual((len(shown), sorted(known)), (count, sorted(ids)))
+        self.assertEqual(history.resolve(self.home, "@latest"), max(ids))
+
+    def test_a_time_beyond_all_years(self) -> None:
+        """As tmpfs has them, to which they were copied."""
+        for run_id in ("daily", "nightly"):
+            self.run_at(run_id, 0)
+        with mock.patch.object(history, "_submitted_ns", return_value=10**30):
+            self.assertEqual(history.newest(self.home, 1)[0], ["nightly"])
 
     def test_of_many_only_few_are_looked_at(self) -> None:
         ids = [f"2020{number // 28 % 12 + 1:02}{number % 28 + 1:02}-{number % 24:02}0000-aaaa" for number in range(3000)]

@@ -34,6 +34,8 @@ LATEST = "@latest"
 # Ids as client.new_run_id makes them.
 _GENERATED = re.compile(r"[0-9]{8}-[0-9]{6}-[a-z0-9]{4}")
 _NS = 1_000_000_000
+# 9999-12-31 23:59:59 UTC, the last second that an id can name.
+_LAST_SEC = 253_402_300_799
 # So much later than its id was made a run may be on disk: the daemon was started and 100,000 steps were taken in, twice.
 MAX_SUBMISSION_SEC = 150
 # Candidates that an ambiguous name's message shows.
@@ -70,8 +72,9 @@ def marked_live(home: Home) -> set[str]:
 def newest(home: Home, count: int | None = None) -> tuple[list[str], list[str]]:
     """The `count` runs that were submitted last (all when None), the last one first; and all that there are, in no order.
 
-    A generated id tells when it was made, so that of thousands only those are looked at on disk that may be among the
-    `count`. A name that a user chose tells nothing, nor does one from the future."""
+    An id of the generated form tells when it was made, so that of thousands only those are looked at on disk that may be
+    among the `count`. A name that a user chose tells nothing, nor does one from the future. (Whoever chooses the form of a
+    generated id and another day is believed.)"""
     now = _stamp(time.time())
     # Ten thousand names are looked at once; as two filters that was a twentieth of a whole `list` more.
     is_generated = _GENERATED.fullmatch
@@ -85,7 +88,8 @@ def newest(home: Home, count: int | None = None) -> tuple[list[str], list[str]]:
         # Of an id its stamp would do, but its beginning is one already.
         border = heapq.nlargest(count, [*dated, *(_stamp(ns / _NS) for ns in exact.values())])[-1][: len(now)]
         border_sec = render.epoch_sec(_as_time(border)) or 0
-        border = _stamp(max(0, border_sec - MAX_SUBMISSION_SEC))
+        # A name may have the form of a time and be none, which is only as late as its letters are.
+        border = min(border, _stamp(border_sec - MAX_SUBMISSION_SEC))
         dated = [run_id for run_id in dated if run_id >= border]
     exact.update((run_id, _submitted_ns(home, run_id)) for run_id in dated)
     return _last_first(exact)[:count], ids
@@ -102,8 +106,8 @@ def _last_first(submitted_ns: dict[str, int]) -> list[str]:
 
 def _stamp(sec: float) -> str:
     """A time as generated ids begin with it: of two of them the later is the greater string, which is all that listing ten
-    thousand runs has the time to ask."""
-    return time.strftime("%Y%m%d-%H%M%S", time.gmtime(sec))
+    thousand runs has the time to ask. A file may have a time in a year of more digits than four."""
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime(min(max(0, sec), _LAST_SEC)))
 
 
 def _as_time(stamp: str) -> str:
