@@ -138,7 +138,7 @@ def watching(log: logs.Log, known: int, end: int | None = None) -> Script:
             state = "RUNNING" if isinstance(line.event, events.RunRetried) else state
         yield protocol.result(request["id"], {"run_id": log.run_id, "state": state, "last_seq": known})
         for line in log.lines[start - 1 : end]:
-            yield protocol.event(log.run_id, logs.encode([line], log.run_id))
+            yield protocol.notifications(log.run_id, logs.encode([line], log.run_id))
         if end is not None:
             yield HANG_UP
 
@@ -155,7 +155,7 @@ def ending(log: logs.Log, known: int, last: bytes | None = None, *, is_cut: bool
         if is_cut:
             yield HANG_UP
         elif not is_over:
-            yield protocol.event(log.run_id, last or logs.encode(log.lines[-1:], log.run_id))
+            yield protocol.notifications(log.run_id, last or logs.encode(log.lines[-1:], log.run_id))
 
     return script
 
@@ -532,7 +532,7 @@ class Following(InAHome):
             def script(fake: Fake, request: dict[str, Any], altered: bytes = altered) -> Iterator[bytes]:
                 yield protocol.result(request["id"], {"run_id": "r1", "state": "FAILED", "last_seq": len(lines)})
                 for line in (*lines[:3], altered, *lines[4:]):
-                    yield protocol.event("r1", line)
+                    yield protocol.notifications("r1", line)
 
             with self.subTest(name), self.fake(script):
                 found = []

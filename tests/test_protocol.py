@@ -119,7 +119,7 @@ class Answers(unittest.TestCase):
         log = logs.complete(logs.diamond())
         for written in log.lines:
             stored = logs.encode([written])
-            raw = protocol.event("r1", stored)
+            raw = protocol.notifications("r1", stored)
             before, after = b'{"jsonrpc":"2.0","method":"event","params":{"run_id":"r1","line":', b"}}\n"
             self.assertEqual(raw, before + stored[:-1] + after)
             message = protocol.parse_message(raw[:-1])

@@ -581,7 +581,7 @@ class TestMessages(unittest.TestCase):
             protocol.parse_message(protocol.error(3, problem)[:-1])["error"],
             {"code": protocol.NO_SUCH_RUN, "message": "why", "data": {"more": 1}},
         )
-        event = protocol.parse_message(protocol.event("r1", b'{"seq":1}\n')[:-1])
+        event = protocol.parse_message(protocol.notifications("r1", b'{"seq":1}\n')[:-1])
         self.assertEqual(event["params"], {"run_id": "r1", "line": {"seq": 1}})
 
     def test_what_is_no_message_is_refused(self) -> None:

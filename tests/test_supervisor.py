@@ -724,8 +724,8 @@ class TestFeeding(unittest.TestCase):
         watchers.committed(Batch("r", 4, b"3\n4\n", is_end=True))
         add("late", 8, only_end=True)
         watchers.feed()
-        first, second = (b"".join(protocol.event("r", b"%d\n" % seq) for seq in seqs) for seqs in ((1, 2), (3, 4)))
-        self.assertEqual(sent, [("all", first), ("all", second), ("end", protocol.event("r", b"4\n"))])
+        first, second = (protocol.notifications("r", b"%d\n%d\n" % seqs) for seqs in ((1, 2), (3, 4)))
+        self.assertEqual(sent, [("all", first), ("all", second), ("end", protocol.notifications("r", b"4\n"))])
 
 
 class TestAnswers(DaemonTest):

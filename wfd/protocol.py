@@ -112,24 +112,25 @@ def error(request_id: object, problem: ProtocolError) -> bytes:
     return _line({"jsonrpc": "2.0", "id": request_id, "error": body})
 
 
-def event(run_id: str, line: bytes) -> bytes:
-    """A watcher's notification. line: a log line with its newline, passed on byte by byte."""
-    return b'{"jsonrpc":"2.0","method":"event","params":{"run_id":%b,"line":%b}}\n' % (
-        _encode(run_id).encode("ascii"),
-        line[:-1],
-    )
-
-
+_EVENT_BEGIN = b'{"jsonrpc":"2.0","method":"event",'
 _LINE_KEY = b',"line":'
 _EVENT_END = b"}}"
 
 
+def notifications(run_id: str, lines: bytes) -> bytes:
+    """What a watcher is sent of these log lines (whole ones), each passed on byte by byte."""
+    begin = b'%b"params":{"run_id":%b%b' % (_EVENT_BEGIN, _encode(run_id).encode("ascii"), _LINE_KEY)
+    end = _EVENT_END + b"\n"
+    # Joined at once: line 1 may be megabytes, and each copy of it stands in the peak of the daemon's memory.
+    return b"".join((begin, lines[:-1].replace(b"\n", end + begin), end))
+
+
 def line_of(frame: bytes) -> bytes:
-    """The log line (without its newline) in a watcher's notification: the very bytes that `event` was given, so that
-    their checksum can be checked. Raises ProtocolError when the frame is no such notification."""
+    """The log line (without its newline) in a watcher's notification: the very bytes of the log, so that their checksum can
+    be checked. Raises ProtocolError when the frame is no such notification."""
     # The first key of that name is ours: a run id holds no quotes.
     before, key, rest = frame.partition(_LINE_KEY)
-    if not (key and before.startswith(b'{"jsonrpc":"2.0","method":"event",') and rest.endswith(_EVENT_END)):
+    if not (key and before.startswith(_EVENT_BEGIN) and rest.endswith(_EVENT_END)):
         raise ProtocolError(INVALID_REQUEST, "what follows a watch is not an event")
     return rest[: -len(_EVENT_END)]
 

@@ -35,11 +35,11 @@ class Batch:
 
     def frames(self) -> bytes:
         if self._frames is None:
-            self._frames = frames_of(self.run_id, self.data)
+            self._frames = protocol.notifications(self.run_id, self.data)
         return self._frames
 
     def last_frame(self) -> bytes:
-        return frames_of(self.run_id, self.data[self.data.rfind(b"\n", 0, -1) + 1 :])
+        return protocol.notifications(self.run_id, self.data[self.data.rfind(b"\n", 0, -1) + 1 :])
 
 
 class _Place:
@@ -132,7 +132,7 @@ class Watchers:
                 self._server.close(connection)
                 continue
             place.offset += len(data)
-            self._server.send(connection, frames_of(place.run_id, data))
+            self._server.send(connection, protocol.notifications(place.run_id, data))
             self.wake(connection)
 
     def _has_room(self, connection: Connection) -> bool:
@@ -144,8 +144,3 @@ class Watchers:
             return journal.read_lines(files, place.run_id, place.offset, place.end, FEED_BYTES)
         except (OSError, Damaged):
             return b""
-
-
-def frames_of(run_id: str, data: bytes) -> bytes:
-    """Log lines as notifications."""
-    return b"".join(protocol.event(run_id, line + b"\n") for line in data[:-1].split(b"\n"))
