@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import os
+import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -42,6 +44,30 @@ FORMS = {
     "and fails": "setsid sleep 600 & exit 3",
     "and is killed": "(setsid sleep 600 &); sleep 0.05; kill -9 0",
 }
+
+
+# Its main thread has ended and another goes on: to the system it is a zombie that nobody can reap. It ignores TERM.
+_HEADLESS = """
+import ctypes, os, signal, sys, threading, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=time.sleep, args=(600,)).start()
+with open(sys.argv[1] + ".new", "w") as file:
+    print(os.getpid(), file=file)
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+ctypes.CDLL(None).syscall(int(sys.argv[2]), 0)
+"""
+# exit(2), which ends one thread, by its number: no library has a name for it.
+_EXIT = {"x86_64": "60", "aarch64": "93"}.get(platform.machine(), "")
+
+
+def headless(path: str) -> list[str]:
+    return [sys.executable, "-ISc", _HEADLESS, path, _EXIT]
+
+
+def is_headless(pid: int) -> bool:
+    with suppress(OSError), open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return file.read().rpartition(")")[2].split()[0] == "Z" and len(os.listdir(f"/proc/{pid}/task")) > 1
+    return False
 
 
 # In a step's environment: writes its number into a file of the name that it is given, and down each TERM that it hears.
@@ -84,6 +110,32 @@ class Left(unittest.TestCase):
             )
             daemon.wait_for(run_id, "SUCCEEDED")
             self.assertEqual(daemon.output(run_id, "a", 2), "gone\n")
+
+    @unittest.skipUnless(_EXIT, "the number of exit(2) is not known here")
+    def test_one_without_its_main_thread(self) -> None:
+        """It holds up nobody: neither its own attempt nor any other."""
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", f"setsid {shlex.join(headless('left'))} & {until('go')}"))
+            pid = int(daemon.wait_for_file("left"))
+            wait_until(lambda: is_headless(pid), "the end of its main thread")
+            # In a daemon that has orphans, each attempt asks whose they are.
+            daemon.wait_for(daemon.submit(step("other", "true")), "SUCCEEDED")
+            self.assertTrue(is_headless(pid), "its own step goes on")
+            daemon.touch("go")
+            daemon.wait_for(run_id, "SUCCEEDED")
+            self.assertFalse(is_headless(pid))
+
+    @unittest.skipUnless(_EXIT, "the number of exit(2) is not known here")
+    def test_one_without_its_main_thread_in_the_group_of_an_adopted_attempt(self) -> None:
+        with Daemon() as daemon:
+            run_id = daemon.submit(step("a", f"{shlex.join(headless('left'))} & {until('go')}", grace_sec=0.1))
+            pid = int(daemon.wait_for_file("left"))
+            wait_until(lambda: is_headless(pid), "the end of its main thread")
+            daemon.kill()
+            daemon.start()
+            daemon.request("cancel", run_id=run_id, request="end")
+            daemon.wait_for(run_id, "CANCELLED")
+            self.assertFalse(is_headless(pid))
 
     def test_others_are_left_alone(self) -> None:
         """What another step has left while it goes on, and what says by its environment that it is no step's."""
@@ -325,7 +377,7 @@ class TheSystem(unittest.TestCase):
             with (
                 self.subTest(code=code, end=end),
                 mock.patch("builtins.open", lambda path, mode: io.BytesIO()),
-                mock.patch.object(machine, "_stat_of", lambda pid, fields=fields: fields),
+                mock.patch.object(machine, "_stat_in", lambda directory, fields=fields: fields),
             ):
                 self.assertEqual(machine.environment_of(1), expected)
 

@@ -18,8 +18,8 @@ from contextlib import suppress
 # From <linux/prctl.h>.
 _PR_SET_CHILD_SUBREAPER = 36
 _LISTING_BYTES = 1 << 16
-# proc(5): the fields 26, 50 and 51, of which the first two are before those that we count.
-_CODE_BEGIN, _ENVIRONMENT_BEGIN, _ENVIRONMENT_END = 23, 47, 48
+# proc(5): the fields 20, 26, 50 and 51, of which the first two are before those that we count.
+_THREADS, _CODE_BEGIN, _ENVIRONMENT_BEGIN, _ENVIRONMENT_END = 17, 23, 47, 48
 _DEAD = (b"Z", b"X")
 
 
@@ -40,17 +40,22 @@ def _members_from_proc(group: int) -> list[int]:
         if not name.isdigit():
             continue
         with suppress(OSError):
-            fields = _stat_of(int(name))
-            if int(fields[2]) == group and fields[0] not in _DEAD:
+            fields = _stat_in(f"/proc/{name}")
+            if int(fields[2]) == group and (fields[0] not in _DEAD or _has_threads(fields)):
                 found.append(int(name))
     return found
 
 
-def _stat_of(pid: int) -> list[bytes]:
-    """The fields of /proc/<pid>/stat from the third on: state, parent, group, …"""
-    with open(f"/proc/{pid}/stat", "rb") as file:
+def _stat_in(directory: str) -> list[bytes]:
+    """The fields of /proc/<pid>/stat, or that of a thread, from the third on: state, parent, group, …"""
+    with open(f"{directory}/stat", "rb") as file:
         # The command name in brackets may hold anything.
         return file.read().rpartition(b")")[2].split()
+
+
+def _has_threads(fields: list[bytes]) -> bool:
+    """Are there others than the main thread? When that alone has ended, the process is shown as a zombie, and goes on."""
+    return int(fields[_THREADS]) > 1
 
 
 def _members_from_ps(group: int) -> list[int]:
@@ -72,12 +77,22 @@ def carries(pid: int, marks: Mapping[bytes, bytes]) -> bool | None:
 def environment_of(pid: int) -> frozenset[bytes] | None:
     """The variables that /proc shows of a process; of one that we may not look into, none. None for one that has no
     environment at the moment, so that one has to ask again: it is in the middle of an exec, or dead and not yet reaped."""
+    found = _environment_in(f"/proc/{pid}")
+    with suppress(OSError):
+        if found is None and _has_threads(_stat_in(f"/proc/{pid}")):
+            # The main thread has ended, and took its view of the memory with it. The others have theirs.
+            threads = (_environment_in(f"/proc/{pid}/task/{thread}") for thread in os.listdir(f"/proc/{pid}/task"))
+            return next((each for each in threads if each is not None), None)
+    return found
+
+
+def _environment_in(directory: str) -> frozenset[bytes] | None:
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
+        with open(f"{directory}/environ", "rb") as file:
             found = file.read()
         if found:
             return frozenset(found.split(b"\0"))
-        fields = _stat_of(pid)
+        fields = _stat_in(directory)
     except PermissionError:
         return frozenset()
     except OSError:
