@@ -286,13 +286,15 @@ class History(World):
         supervisor.take_over_all()
         self.report.recovery_calls.append(kernel.calls - calls)
         served = 0
-        while not supervisor.is_stopping and not (supervisor.is_draining and not supervisor.live):
+        while not supervisor.is_done:
             self._check_turn(supervisor, turns + served)
             if not supervisor.live and self._is_over():
                 self._check_idle()
                 break
             supervisor.turn(None)
             served += 1
+        if supervisor.is_draining and not supervisor.is_stopping:
+            self._check_drained()
         supervisor.server.close_all()
         return served
 
@@ -538,6 +540,12 @@ class History(World):
                 problem = _status_problem(self.ledgers[live.run.run_id], live.run.describe())
                 if problem is not None and not live.journal.has_pending:
                     raise Broken(f"the state of {live.run.run_id} is not the fold of its log: {problem}")
+
+    def _check_drained(self) -> None:
+        """A daemon that was told to cancel all runs has ended by itself."""
+        for ledger in self.ledgers.values():
+            if ledger.lines and not (ledger.is_damaged or ledger.is_over):
+                raise Broken(f"the daemon has ended as if all runs were cancelled, and run {ledger.run_id} goes on")
 
     def _check_idle(self) -> None:
         """A daemon with nothing to do holds nothing."""

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any
@@ -30,6 +31,7 @@ from wfd import decide, journal, process, protocol, requests, supervisor
 from wfd.events import StepStarted, SupervisorStarted
 from wfd.journal import Damaged
 from wfd.paths import Home, RunFiles
+from wfd.state import Run
 
 COUNT = 'echo x >> "ran.$WFD_STEP_ID"; '
 # Which process of an attempt is which: the shim leads the group, the command is its child.
@@ -493,33 +495,111 @@ class AnotherBoot(unittest.TestCase):
                 self.assertEqual([event.name for event in facts_of(daemon, log.run_id, name)][-1], "attempt_exited")
 
 
-class TestJudgement(unittest.TestCase):
-    """What an end is put down to."""
+class TestInOneProcess(unittest.TestCase):
+    """A supervisor that is turned by hand, so that the system can refuse it something in the very turn that is meant."""
+
+    def setUp(self) -> None:
+        self.home = Home(self.enterContext(tempfile.TemporaryDirectory()))
+        for directory in (self.home.runs, self.home.live):
+            os.mkdir(directory)
+        selector = self.enterContext(contextlib.closing(selectors.DefaultSelector()))
+        self.loop = supervisor.Supervisor(self.home, "", selector, "another boot", "host", 1)
+        self.addCleanup(self.loop.server.close_all)
+        self.enterContext(mock.patch.multiple(supervisor, log=mock.DEFAULT, RETRY_MS=10))
+
+    def turn(self) -> None:
+        self.loop.turn(self.loop.now_ms)
+
+    def turn_until(self, is_so: Callable[[], object], what: str) -> None:
+        def is_so_now() -> object:
+            self.turn()
+            return is_so()
+
+        wait_until(is_so_now, what)
+
+    def fold(self, run_id: str) -> Run:
+        return journal.fold(self.home.run(run_id), run_id)[0]
+
+    def test_a_run_that_waits_for_its_take_over_is_not_forgotten(self) -> None:
+        log = logs.Log(logs.workflow())
+        plant(self.home, log)
+        for error in (OSError(errno.ENOSPC, "No space left on device"), MemoryError()):
+            with self.subTest(error=error), mock.patch.object(journal, "recover", side_effect=error):
+                self.loop.take_over_all()
+                self.assertEqual((list(self.loop.live), self.loop.is_idle), ([], False))
+        # Whoever cancels all runs cancels this one as well, once it is there.
+        self.loop.drain()
+        self.assertFalse(self.loop.is_done)
+        self.turn_until(lambda: self.loop.is_done, "the end of all runs")
+        self.assertEqual([self.fold(log.run_id).state, self.fold(log.run_id).steps[0].attempt], ["CANCELLED", 0])
+
+    def test_a_cancel_of_all_runs_that_cannot_be_written_is_written_later(self) -> None:
+        log = logs.Log(logs.workflow(logs.step("a"), logs.step("b")))
+        plant(self.home, log)
+        with mock.patch.object(process, "start", side_effect=process.SpawnStalled("no")):
+            self.loop.take_over_all()
+            self.turn()
+            self.loop.drain()
+            with mock.patch.object(journal, "sync", side_effect=OSError(errno.EIO, "Input/output error")):
+                self.turn()
+            self.assertEqual(self.fold(log.run_id).state, "RUNNING")
+            self.turn_until(lambda: self.loop.is_done, "the end of all runs")
+        self.assertEqual(self.fold(log.run_id).state, "CANCELLED")
+
+    def test_memory_that_is_short_refuses_a_request(self) -> None:
+        short = mock.Mock(side_effect=MemoryError)
+        for when in (mock.patch.dict(requests.METHODS, list=short), mock.patch.object(protocol, "parse_request", short)):
+            with self.subTest(when=when), when:
+                ours, theirs = socket.socketpair()
+                self.addCleanup(ours.close)
+                self.loop.server.welcome(theirs)
+                ours.sendall(protocol.request("list", {}))
+                self.turn()
+                self.assertIn(b"the system refuses: Cannot allocate memory", ours.recv(1000))
+
+    def test_memory_that_is_short_stalls_a_run(self) -> None:
+        log = logs.Log(logs.workflow(logs.step("a", cwd="/")))
+        plant(self.home, log)
+        self.loop.take_over_all()
+        with mock.patch.object(process, "start", side_effect=MemoryError):
+            self.turn()
+        (live,) = self.loop.live.values()
+        self.assertEqual(live.stalled, "the system refuses: Cannot allocate memory")
+        self.turn_until(lambda: not self.loop.live, "the end of the run")
+        self.assertEqual(self.fold(log.run_id).state, "SUCCEEDED")
+
+    def test_a_cancel_after_the_end_and_a_retry_in_the_same_turn(self) -> None:
+        log = logs.complete(logs.workflow(), {"a": [1]})
+        plant(self.home, log)
+        journal.unmark_live(self.home, log.run_id)
+        params: dict[str, object] = {"run_id": log.run_id, "request": "q"}
+        _, answer = requests.METHODS["cancel"](self.loop, mock.Mock(), params)
+        requests.METHODS["retry"](self.loop, mock.Mock(), {**params, "request": "r"})
+        self.assertEqual(answer()["state"], "FAILED", "it was over when it was asked about, and goes on")
+
+    def test_a_new_run_under_the_name_of_a_damaged_one(self) -> None:
+        self.loop.quarantine(Damaged("r1", "somebody has edited it"))
+        log = logs.Log(logs.workflow())
+        self.loop.create(log.lines[0].event, requests.Environment({}, 0o022, {}))  # type: ignore[arg-type]
+        self.assertEqual(self.loop.quarantined, {})
 
     def test_what_ends_an_attempt_counts_when_it_is_durable(self) -> None:
         """A reboot has ended it, its timeout passes in the very turn that finds that out, and the turn's batch fails."""
-        home = Home(self.enterContext(tempfile.TemporaryDirectory()))
-        for directory in (home.runs, home.live):
-            os.mkdir(directory)
         log = logs.Log(logs.workflow(logs.step("a", timeout_sec=0.001, on_lost="fail")))
-        files = plant(home, log.start("a"))
+        files = plant(self.home, log.start("a"))
         write_status(files, 1, "a", "status 1\npid 99999999\n")
-        selector = self.enterContext(contextlib.closing(selectors.DefaultSelector()))
-        loop = supervisor.Supervisor(home, "", selector, "another boot", "host", 1)
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
-        self.addCleanup(loop.server.close_all)
-        loop.server.welcome(theirs)
+        self.loop.server.welcome(theirs)
         ours.sendall(protocol.request("status", {"run_id": log.run_id}))
-        with mock.patch.multiple(supervisor, log=mock.DEFAULT, RETRY_MS=10):
-            # Taken over by a request, it is looked at in the turn after that; taken over at a start, in the first one.
-            loop.turn(loop.now_ms)
-            with mock.patch.object(journal, "sync", side_effect=OSError(errno.EIO, "Input/output error")):
-                loop.turn(loop.now_ms)
-            (live,) = loop.live.values()
-            self.assertEqual(live.stalled, "its log cannot be written: Input/output error")
-            wait_until(lambda: loop.turn(loop.now_ms) or not loop.live, "the end of the run")  # type: ignore[func-returns-value]
-        self.assertEqual(loop.quarantined, {})
+        # Taken over by a request, it is looked at in the turn after that; taken over at a start, in the first one.
+        self.turn()
+        with mock.patch.object(journal, "sync", side_effect=OSError(errno.EIO, "Input/output error")):
+            self.turn()
+        (live,) = self.loop.live.values()
+        self.assertEqual(live.stalled, "its log cannot be written: Input/output error")
+        self.turn_until(lambda: not self.loop.live, "the end of the run")
+        self.assertEqual(self.loop.quarantined, {})
         with journal.open_log(files, log.run_id) as file:
             run, difference = decide.replay(journal.Reading(file, log.run_id))
         self.assertIsNone(difference)

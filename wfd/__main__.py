@@ -430,7 +430,7 @@ def _loop(
 ) -> None:
     beat_at_ms = monotonic_ms()
     idle_since_ms: int | None = None
-    while not supervisor.is_stopping and not (supervisor.is_draining and not supervisor.live):
+    while not supervisor.is_done:
         now_ms = monotonic_ms()
         deadlines = []
         if heartbeat_ms is not None:

@@ -416,7 +416,7 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
         sync_directory(home.live)
         os.rename(building.directory, files.directory)
         sync_directory(home.runs)
-    except OSError:
+    except (OSError, MemoryError):
         if fd >= 0:
             os.close(fd)
         # Back, so that whoever kills us now leaves no ruin under the name of a run.

@@ -247,9 +247,10 @@ def _cancel(supervisor: Supervisor, connection: Connection, params: dict[str, ob
             raise
         run_id, live = _find(supervisor, params)
     if live is None:
-        _finished(supervisor.home.run(run_id), run_id)
-    else:
-        supervisor.cancel(live, str(params["request"]))
+        # Looked up now, as for a status.
+        state = _finished(supervisor.home.run(run_id), run_id).state.value
+        return None, lambda: {"run_id": run_id, "state": state}
+    supervisor.cancel(live, str(params["request"]))
     return live, lambda: {"run_id": run_id, "state": _state_of(supervisor, run_id)}
 
 
@@ -307,9 +308,7 @@ def _watch(supervisor: Supervisor, connection: Connection, params: dict[str, obj
 
 def _shutdown(supervisor: Supervisor, connection: Connection, params: dict[str, object]) -> _Answer:
     if params.get("cancel_runs"):
-        supervisor.is_draining = True
-        for live in list(supervisor.live.values()):
-            supervisor.cancel(live, f"shutdown-{os.getpid()}-{live.run.seq}")
+        supervisor.drain()
     else:
         supervisor.is_stopping = True
     return None, dict

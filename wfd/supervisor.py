@@ -134,7 +134,10 @@ class Supervisor:
         self.server.on_close = self.watchers.drop
         self.live: dict[str, LiveRun] = {}
         self.quarantined: dict[str, Damaged] = {}
+        # Runs that the system has refused to let us take over. That is tried again.
+        self._waiting: set[str] = set()
         self.is_stopping = False
+        # All runs are being cancelled: nothing new is accepted, and nothing more is started.
         self.is_draining = False
         self.now_ms, self.at = monotonic_ms(), wall()
         self.started_ms = self.now_ms
@@ -195,7 +198,12 @@ class Supervisor:
     @property
     def is_idle(self) -> bool:
         """Is there nothing to do and nobody to talk to?"""
-        return not (self.live or self.server.connections)
+        return not (self.live or self._waiting or self.server.connections)
+
+    @property
+    def is_done(self) -> bool:
+        """Was it asked to end, and has it ended all that it was asked to end before?"""
+        return self.is_stopping or (self.is_draining and not (self.live or self._waiting))
 
     @property
     def running(self) -> int:
@@ -238,8 +246,8 @@ class Supervisor:
             call(live, *arguments)
         except Damaged as error:
             self.quarantine(error)
-        except OSError as error:
-            self._stall(live, f"the system refuses: {error.strerror or error}")
+        except _SHORTAGES as error:
+            self._stall(live, f"the system refuses: {_words_of(error)}")
         except Exception as error:
             # Whatever it is, the next daemon would meet it again: better one run stands still than all.
             self.quarantine(Damaged(live.run.run_id, f"the daemon's own check failed: {error!r}"))
@@ -296,6 +304,17 @@ class Supervisor:
             if not live.is_in_session:
                 self._begin_session(live)
             self.write_fact(live, RunCancelRequested(request))
+
+    def drain(self) -> None:
+        """Cancel every run, those that are waiting to be taken over as soon as they are, and start nothing more."""
+        self.is_draining = True
+        for live in list(self.live.values()):
+            self._guard(live, self._cancel_for_drain)
+
+    def _cancel_for_drain(self, live: LiveRun) -> None:
+        """Nobody repeats this request but we: whose cancel could not be written gets another."""
+        if self.is_draining:
+            self.cancel(live, f"shutdown-{os.getpid()}-{live.run.seq}")
 
     def retry(self, live: LiveRun, request: str) -> None:
         """Write a person's retry of a run that is over and not let go yet."""
@@ -379,6 +398,7 @@ class Supervisor:
         self._touched[live.run.run_id] = live
         if not live.is_in_session:
             self._begin_session(live)
+        self._cancel_for_drain(live)
         self._look_at_all(live)
 
     def _look_at_all(self, live: LiveRun) -> None:
@@ -442,14 +462,16 @@ class Supervisor:
                 journal.abandon(self.home, run_id)
 
     def _try_take_over(self, run_id: str) -> None:
+        self._waiting.discard(run_id)
         # Since the last try somebody may have asked for it: then it is ours, or it is over again and has no marker.
         if run_id in self.live or not os.path.lexists(f"{self.home.live}/{run_id}"):
             return
         with suppress(Damaged):
             try:
                 self.take_over(run_id)
-            except OSError as error:
-                log(f"run {run_id} cannot be taken over yet: {error.strerror or error}")
+            except _SHORTAGES as error:
+                log(f"run {run_id} cannot be taken over yet: {_words_of(error)}")
+                self._waiting.add(run_id)
                 self._at(self.now_ms + RETRY_MS, lambda: self._try_take_over(run_id))
 
     def take_over(self, run_id: str, retry_request: str | None = None) -> LiveRun:
@@ -463,13 +485,13 @@ class Supervisor:
             raise
         live = LiveRun(run, log_, environment)
         live.torn_bytes, live.kept_as, live.retry_request = torn_bytes, kept_as, retry_request
-        self.quarantined.pop(run_id, None)
         self._own(live)
         for index in run.running:
             # Where the log has the attempt's end already, only the decision on it was torn off.
             if run.steps[index].outcome is None:
                 self._adopt(live, run.steps[index])
         self._guard(live, self._begin_session)
+        self._guard(live, self._cancel_for_drain)
         self._guard(live, self._look_at_all)
         if run_id in self.quarantined:
             raise self.quarantined[run_id].again()
@@ -487,6 +509,9 @@ class Supervisor:
         self.arm_run(live)
 
     def _own(self, live: LiveRun) -> None:
+        # What was under this name before has been mended or removed by hand.
+        self.quarantined.pop(live.run.run_id, None)
+        self._waiting.discard(live.run.run_id)
         self.live[live.run.run_id] = self._touched[live.run.run_id] = live
 
     def _let_go_if_over(self, live: LiveRun) -> None:
@@ -541,7 +566,7 @@ class Supervisor:
 
     def _startable(self, live: LiveRun) -> int | None:
         run = live.run
-        if self.live.get(run.run_id) is not live or self.is_stopping:
+        if self.live.get(run.run_id) is not live or self.is_stopping or self.is_draining:
             return None
         if live.retry_at_ms is not None or live.is_spawn_stalled or not live.is_in_session:
             return None
@@ -790,6 +815,9 @@ class Supervisor:
             self._requests.append((connection, protocol.parse_request(line)))
         except ProtocolError as problem:
             self.server.answer(connection, protocol.error(problem.request_id, problem) if problem.is_told else b"")
+        except MemoryError as error:
+            # What it is the request of nobody can tell now.
+            self.server.answer(connection, protocol.error(None, _problem_of(error)))
 
     def _serve(self, connection: Connection, request: Request) -> None:
         """Carry a request out in memory; its answer goes out when what it has changed is durable."""
@@ -826,7 +854,9 @@ class Supervisor:
 
 
 # What a request may be refused for. Anything else is a defect that ends the daemon; its steps go on.
-_REFUSALS = (ProtocolError, Damaged, OSError, AssertionError, Impossible, KeyError, ValueError)
+_REFUSALS = (ProtocolError, Damaged, OSError, MemoryError, AssertionError, Impossible, KeyError, ValueError)
+# What the system may have again in a moment.
+_SHORTAGES = (OSError, MemoryError)
 
 
 def _problem_of(error: Exception) -> ProtocolError:
@@ -834,10 +864,15 @@ def _problem_of(error: Exception) -> ProtocolError:
         return error
     if isinstance(error, Damaged):
         return ProtocolError(protocol.DAMAGED, str(error))
-    if isinstance(error, OSError):
-        return ProtocolError(protocol.STALLED, f"the system refuses: {error.strerror or error}")
+    if isinstance(error, _SHORTAGES):
+        return ProtocolError(protocol.STALLED, f"the system refuses: {_words_of(error)}")
     log(f"a request failed: {error!r}")
     return ProtocolError(protocol.INTERNAL_ERROR, f"the daemon's own check failed: {error!r}")
+
+
+def _words_of(error: Exception) -> str:
+    """What a shortage is called."""
+    return os.strerror(errno.ENOMEM) if isinstance(error, MemoryError) else getattr(error, "strerror", None) or str(error)
 
 
 def _is_settled(live: LiveRun, index: int) -> bool:
