@@ -27,6 +27,7 @@ from unittest import mock
 
 from tests import logs
 from tests.daemon import DEADLINE_SEC, MARK, ROOT, Client, Daemon, Refused, prlimit, shared, step, until, wait_until
+from tests.loop import LoopTest
 from wfd import VERSION, __main__, process, protocol, supervisor
 from wfd.__main__ import main
 from wfd.definition import MAX_DURATION_SEC
@@ -183,8 +184,14 @@ class TestSlots(DaemonTest):
             self.assertEqual(daemon.request("hello", protocol_min=1, protocol_max=1)["live_steps"], 0)
 
 
-class TestTurns(unittest.TestCase):
-    """Without processes, and in this one, so that a bug put into it counts."""
+def create(loop: supervisor.Supervisor, run_id: str, *steps: dict[str, object]) -> None:
+    """A run that nobody has submitted."""
+    submitted = RunSubmitted(run_id, FORMAT, RULES, loop.boot_id, "/", logs.workflow(*steps))
+    loop.create(submitted, Environment({}, 0o022, {}))
+
+
+class TestTurns(LoopTest):
+    """Without processes."""
 
     def test_a_turn_is_some_steps_of_a_run_whose_steps_are_quick(self) -> None:
         some = supervisor.TURN_STEPS
@@ -200,14 +207,10 @@ class TestTurns(unittest.TestCase):
 
     def starts(self, count: int, slots: int) -> list[bytes]:
         """Which of two runs of so many steps is given a slot, each time."""
-        home = Home(self.enterContext(tempfile.TemporaryDirectory()))
-        for directory in (home.runs, home.live):
-            os.mkdir(directory)
-        selector = self.enterContext(contextlib.closing(selectors.DefaultSelector()))
-        loop = supervisor.Supervisor(home, "", selector, "boot", "host", slots)
-        workflow = logs.workflow(*(logs.step(f"s{number}") for number in range(count)))
+        self.home = self.fresh_home()
+        loop = self.loop(slots)
         for run_id in ("first", "second"):
-            loop.create(RunSubmitted(run_id, FORMAT, RULES, "boot", "/", workflow), Environment({}, 0o022, {}))
+            create(loop, run_id, *(logs.step(f"s{number}") for number in range(count)))
         starts = []
 
         def start(launch: process.Launch) -> process.Outcome:
