@@ -962,12 +962,15 @@ class TestLife(DaemonTest):
             assert daemon.process is not None
             failed = daemon.submit(step("a", "false"))
             daemon.wait_for(failed)
-            runs = [daemon.submit(step("a", "trap '' TERM; echo x >> out; sleep 1000", grace_sec=0.3)) for _ in range(3)]
+            # They end when we let them, and the daemon with them: not before it was asked all.
+            stays = f"trap '' TERM; echo x >> out; {until('go')}"
+            runs = [daemon.submit(step("a", stays, grace_sec=2 * DEADLINE_SEC)) for _ in range(3)]
             wait_until(lambda: len(daemon.read("out").split()) == 3, "three steps")
             daemon.request("shutdown", cancel_runs=True)
             refused = self.refused(daemon, "submit", **daemon.submission(step("a", "true")))
             self.assertEqual(refused.code, protocol.SHUTTING_DOWN)
             self.assertEqual(self.refused(daemon, "retry", run_id=failed, request="x").code, protocol.SHUTTING_DOWN)
+            daemon.touch("go")
             self.assertEqual(daemon.process.wait(DEADLINE_SEC), 0)
             self.assertEqual({daemon.fold(run_id).state for run_id in runs}, {"CANCELLED"})
 
