@@ -33,8 +33,14 @@ class LoopTest(unittest.TestCase):
         """Another daemon of the home, which has not looked at any run yet."""
         selector = self.enterContext(contextlib.closing(selectors.DefaultSelector()))
         loop = Supervisor(self.home, "", selector, boot_id, "host", max_parallel)
-        self.addCleanup(loop.server.close_all)
+        self.addCleanup(self.end, loop)
         return loop
+
+    def end(self, loop: Supervisor) -> None:
+        """Let go of what it has open. Its runs are left as a kill would leave them."""
+        loop.server.close_all()
+        while loop.live:
+            loop.live.popitem()[1].journal.close()
 
     def ask(self, loop: Supervisor, method: str, **params: object) -> dict[str, Any]:
         """The answer to a request, after one turn that does nothing but what follows from it: a result or an error."""

@@ -103,7 +103,7 @@ class Cancel(unittest.TestCase):
 
     def test_steps_that_resist(self) -> None:
         """One run of all kinds, so that no end waits for another's."""
-        steps = {
+        steps: dict[str, tuple[str, float, list[int | None]]] = {
             "hangs": (HANGS, LONG_GRACE, [143]),
             "ignores": (IGNORES_TERM, NO_GRACE, [None]),
             "cleans": (CLEANS_UP, LONG_GRACE, [0]),

@@ -6,16 +6,14 @@ to go on, never for time. Each block of a Daemon ends with a replay of all its l
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import fcntl
 import os
-import selectors
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import unittest
 from contextlib import suppress
 from itertools import pairwise
@@ -24,6 +22,7 @@ from unittest import mock
 
 from tests import counted, kills, logs
 from tests.daemon import Daemon, Refused, step, wait_until
+from tests.loop import LoopTest
 from tests.test_orphans import ARE_FOUND
 from tests.torn import CutLog, CutStatus, read_log, remove_attempts, status_of, write_log
 from wfd import decide, journal, process, protocol, requests, supervisor
@@ -493,22 +492,17 @@ class AnotherBoot(unittest.TestCase):
                 self.assertEqual([event.name for event in facts_of(daemon, log.run_id, name)][-1], "attempt_exited")
 
 
-class TestJudgement(unittest.TestCase):
+class TestJudgement(LoopTest):
     """What an end is put down to."""
 
     def test_what_ends_an_attempt_counts_when_it_is_durable(self) -> None:
         """A reboot has ended it, its timeout passes in the very turn that finds that out, and the turn's batch fails."""
-        home = Home(self.enterContext(tempfile.TemporaryDirectory()))
-        for directory in (home.runs, home.live):
-            os.mkdir(directory)
         log = logs.Log(logs.workflow(logs.step("a", timeout_sec=0.001, on_lost="fail")))
-        files = plant(home, log.start("a"))
+        files = plant(self.home, log.start("a"))
         write_status(files, 1, "a", "status 1\npid 99999999\n")
-        selector = self.enterContext(contextlib.closing(selectors.DefaultSelector()))
-        loop = supervisor.Supervisor(home, "", selector, "another boot", "host", 1)
+        loop = self.loop(boot_id="another boot")
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
-        self.addCleanup(loop.server.close_all)
         loop.server.welcome(theirs)
         ours.sendall(protocol.request("status", {"run_id": log.run_id}))
         with mock.patch.multiple(supervisor, log=mock.DEFAULT, RETRY_MS=10):
@@ -524,6 +518,41 @@ class TestJudgement(unittest.TestCase):
             run, difference = decide.replay(journal.Reading(file, log.run_id))
         self.assertIsNone(difference)
         self.assertEqual((run.steps[0].state.value, run.steps[0].reason), ("FAILED", "lost"))
+
+
+class TestTakeOver(LoopTest):
+    """What the next daemon makes of a run that is alive, and of one whose end it cannot be sure of."""
+
+    def test_a_timeout_counts_from_the_start_however_often_daemons_change(self) -> None:
+        log = logs.Log(logs.workflow(logs.step("a", timeout_sec=3))).start("a")
+        started_ms = log.now_ms
+        files = plant(self.home, log)
+        write_status(files, 1, "a", "status 1\npid 99999999\n")
+        # As its shim does while it lives.
+        shim = self.enterContext(open(files.attempt(1, "a", 1).status, "rb"))
+        fcntl.flock(shim, fcntl.LOCK_EX)
+        for after_ms, is_over in ((1_000, False), (2_999, False), (3_000, True)):
+            with mock.patch.object(supervisor, "monotonic_ms", lambda now_ms=started_ms + after_ms: now_ms):
+                loop = self.loop()
+                loop.take_over_all()
+                # The first turn looks at the attempt, and sets the timers that the second one runs.
+                for _ in range(2):
+                    loop.turn(loop.now_ms)
+                self.end(loop)
+            with journal.open_log(files, log.run_id) as file:
+                names = [line.event.name for line in journal.Reading(file, log.run_id)]
+            self.assertEqual("attempt_timed_out" in names, is_over, after_ms)
+
+    def test_an_end_that_may_not_be_durable_is_not_told(self) -> None:
+        """It was read from a log that nobody could take over, which would have made it durable."""
+        log = logs.complete(logs.workflow())
+        plant(self.home, log)
+        loop = self.loop()
+        with mock.patch.object(supervisor, "log"):
+            with mock.patch.object(journal, "recover", side_effect=OSError(errno.EIO, "Input/output error")):
+                loop.take_over_all()
+                self.assertEqual(self.ask(loop, "status", run_id=log.run_id)["error"]["code"], protocol.STALLED)
+            self.assertEqual(self.ask(loop, "status", run_id=log.run_id)["result"]["state"], "SUCCEEDED")
 
 
 def plant(home: Home, log: logs.Log) -> RunFiles:

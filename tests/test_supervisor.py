@@ -32,6 +32,7 @@ from wfd import VERSION, __main__, process, protocol, supervisor
 from wfd.__main__ import main
 from wfd.definition import MAX_DURATION_SEC
 from wfd.events import FORMAT, RULES, AttemptExited, Line, RunSubmitted, StepRetried, StepStarted
+from wfd.journal import Journal
 from wfd.paths import Home
 from wfd.requests import Environment
 from wfd.watchers import Batch, Watchers
@@ -221,6 +222,43 @@ class TestTurns(LoopTest):
             while loop.live:
                 loop.turn(loop.now_ms)
         return starts
+
+
+class TestQuarantine(LoopTest):
+    """P7: a run of which the daemon's own check fails while a cancel of it is made durable. Its steps go on."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.started: list[bytes] = []
+        self.enterContext(mock.patch.multiple(process, start=self.start))
+        self.enterContext(mock.patch.object(supervisor, "log"))
+
+    def start(self, launch: process.Launch) -> int:
+        """A number that no process has."""
+        self.started.append(launch.environ[b"WFD_RUN_ID"])
+        return 2**30 + len(self.started)
+
+    def cancel(self, loop: supervisor.Supervisor, run_id: str) -> dict[str, Any]:
+        with mock.patch.object(Journal, "commit", side_effect=AssertionError("that cannot be")):
+            return self.ask(loop, "cancel", run_id=run_id, request="q")
+
+    def test_its_slots_are_free_again(self) -> None:
+        loop = self.loop(max_parallel=1)
+        for run_id in ("bad", "good"):
+            create(loop, run_id, logs.step("a"))
+        loop.turn(loop.now_ms)
+        self.assertEqual(self.started, [b"bad"])
+        self.cancel(loop, "bad")
+        loop.turn(loop.now_ms)
+        self.assertEqual(self.started, [b"bad", b"good"])
+        self.assertEqual(loop.running, 1)
+
+    def test_what_it_was_asked_for_in_that_turn_is_refused(self) -> None:
+        """The lines that say so are whole in its log, and perhaps not on the disk."""
+        loop = self.loop()
+        create(loop, "r1", logs.step("a"))
+        loop.turn(loop.now_ms)
+        self.assertEqual(self.cancel(loop, "r1")["error"]["code"], protocol.DAMAGED)
 
 
 class TestSubmitting(DaemonTest):
@@ -729,6 +767,24 @@ class TestFeeding(unittest.TestCase):
         watchers.feed()
         first, second = (protocol.notifications("r", b"%d\n%d\n" % seqs) for seqs in ((1, 2), (3, 4)))
         self.assertEqual(sent, [("all", first), ("all", second), ("end", protocol.notifications("r", b"4\n"))])
+
+
+    def test_who_is_behind_is_sent_all_in_order(self) -> None:
+        """What is committed meanwhile waits until it has caught up."""
+        log = logs.complete(logs.workflow(*(logs.step(f"s{number}") for number in range(9))))
+        place = logs.home(self.enterContext(tempfile.TemporaryDirectory()))
+        logs.save(place, log.data, log.run_id)
+        sent: list[bytes] = []
+        watchers = Watchers(place, mock.Mock(is_crowded=False, send=lambda to, data: sent.append(data)))
+        half, *ends = logs.line_ends(log.data)[len(log.lines) // 2 :]
+        watchers.add(mock.Mock(is_full=False, outbox=b""), log.run_id, 0, half, only_end=False)
+        with mock.patch("wfd.watchers.FEED_BYTES", 500):
+            for start, end in itertools.pairwise([half, *ends]):
+                watchers.committed(Batch(log.run_id, start, log.data[start:end], is_end=end == len(log.data)))
+                watchers.feed()
+            while watchers.is_behind:
+                watchers.feed()
+        self.assertEqual(b"".join(sent), protocol.notifications(log.run_id, log.data))
 
 
 class TestAnswers(DaemonTest):
