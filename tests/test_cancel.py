@@ -51,10 +51,10 @@ class Timeless(Daemon):
         self.let_pass(0)
 
     def let_pass(self, seconds: int) -> None:
-        """So much time. What is due then is done when this returns."""
+        """So much time. What a living daemon has to do then is done when this returns."""
         with open(self.clock, "ab") as file:
             file.write(b"." * seconds)
-        if seconds:
+        if self.process is not None:
             # It may be waiting, for as long as it had to before.
             self.request("list")
 
@@ -312,10 +312,12 @@ class DaemonKilledMeanwhile(unittest.TestCase):
             self.assert_timed_out(daemon, run_id)
 
     def test_the_run_s_timeout_while_none_lives(self) -> None:
-        with Daemon() as daemon:
-            run_id = daemon.submit(step("a", HANGS, grace_sec=LONG_GRACE), timeout_sec=0.4)
+        with Timeless() as daemon:
+            run_id = daemon.submit(step("a", HANGS, grace_sec=LONG_GRACE), timeout_sec=10_000)
             wait_for_output(daemon, run_id, "a")
-            daemon.restart()
+            daemon.kill()
+            daemon.let_pass(10_000)
+            daemon.start()
             run = daemon.wait_for(run_id)
             self.assertEqual((run.state, run.reason, run.steps[0].state), ("FAILED", "run_timeout", "CANCELLED"))
 
