@@ -6,16 +6,14 @@ to go on, never for time. Each block of a Daemon ends with a replay of all its l
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import fcntl
 import os
-import selectors
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import unittest
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +23,7 @@ from unittest import mock
 
 from tests import counted, kills, logs
 from tests.daemon import Daemon, Refused, step, wait_until
+from tests.loop import LoopTest
 from tests.test_orphans import ARE_FOUND
 from tests.torn import CutLog, CutStatus, read_log, remove_attempts, status_of, write_log
 from wfd import decide, journal, process, protocol, requests, supervisor
@@ -495,20 +494,16 @@ class AnotherBoot(unittest.TestCase):
                 self.assertEqual([event.name for event in facts_of(daemon, log.run_id, name)][-1], "attempt_exited")
 
 
-class TestInOneProcess(unittest.TestCase):
+class TestInOneProcess(LoopTest):
     """A supervisor that is turned by hand, so that the system can refuse it something in the very turn that is meant."""
 
     def setUp(self) -> None:
-        self.home = Home(self.enterContext(tempfile.TemporaryDirectory()))
-        for directory in (self.home.runs, self.home.live):
-            os.mkdir(directory)
-        selector = self.enterContext(contextlib.closing(selectors.DefaultSelector()))
-        self.loop = supervisor.Supervisor(self.home, "", selector, "another boot", "host", 1)
-        self.addCleanup(self.loop.server.close_all)
+        super().setUp()
+        self.owner = self.loop(boot_id="another boot")
         self.enterContext(mock.patch.multiple(supervisor, log=mock.DEFAULT, RETRY_MS=10))
 
     def turn(self) -> None:
-        self.loop.turn(self.loop.now_ms)
+        self.owner.turn(self.owner.now_ms)
 
     def turn_until(self, is_so: Callable[[], object], what: str) -> None:
         def is_so_now() -> object:
@@ -525,25 +520,25 @@ class TestInOneProcess(unittest.TestCase):
         plant(self.home, log)
         for error in (OSError(errno.ENOSPC, "No space left on device"), MemoryError()):
             with self.subTest(error=error), mock.patch.object(journal, "recover", side_effect=error):
-                self.loop.take_over_all()
-                self.assertEqual((list(self.loop.live), self.loop.is_idle), ([], False))
+                self.owner.take_over_all()
+                self.assertEqual((list(self.owner.live), self.owner.is_idle), ([], False))
         # Whoever cancels all runs cancels this one as well, once it is there.
-        self.loop.drain()
-        self.assertFalse(self.loop.is_done)
-        self.turn_until(lambda: self.loop.is_done, "the end of all runs")
+        self.owner.drain()
+        self.assertFalse(self.owner.is_done)
+        self.turn_until(lambda: self.owner.is_done, "the end of all runs")
         self.assertEqual([self.fold(log.run_id).state, self.fold(log.run_id).steps[0].attempt], ["CANCELLED", 0])
 
     def test_a_cancel_of_all_runs_that_cannot_be_written_is_written_later(self) -> None:
         log = logs.Log(logs.workflow(logs.step("a"), logs.step("b")))
         plant(self.home, log)
         with mock.patch.object(process, "start", side_effect=process.SpawnStalled("no")):
-            self.loop.take_over_all()
+            self.owner.take_over_all()
             self.turn()
-            self.loop.drain()
+            self.owner.drain()
             with mock.patch.object(journal, "sync", side_effect=OSError(errno.EIO, "Input/output error")):
                 self.turn()
             self.assertEqual(self.fold(log.run_id).state, "RUNNING")
-            self.turn_until(lambda: self.loop.is_done, "the end of all runs")
+            self.turn_until(lambda: self.owner.is_done, "the end of all runs")
         self.assertEqual(self.fold(log.run_id).state, "CANCELLED")
 
     def test_memory_that_is_short_refuses_a_request(self) -> None:
@@ -552,7 +547,7 @@ class TestInOneProcess(unittest.TestCase):
             with self.subTest(when=when), when:
                 ours, theirs = socket.socketpair()
                 self.addCleanup(ours.close)
-                self.loop.server.welcome(theirs)
+                self.owner.server.welcome(theirs)
                 ours.sendall(protocol.request("list", {}))
                 self.turn()
                 self.assertIn(b"the system refuses: Cannot allocate memory", ours.recv(1000))
@@ -560,12 +555,12 @@ class TestInOneProcess(unittest.TestCase):
     def test_memory_that_is_short_stalls_a_run(self) -> None:
         log = logs.Log(logs.workflow(logs.step("a", cwd="/")))
         plant(self.home, log)
-        self.loop.take_over_all()
+        self.owner.take_over_all()
         with mock.patch.object(process, "start", side_effect=MemoryError):
             self.turn()
-        (live,) = self.loop.live.values()
+        (live,) = self.owner.live.values()
         self.assertEqual(live.stalled, "the system refuses: Cannot allocate memory")
-        self.turn_until(lambda: not self.loop.live, "the end of the run")
+        self.turn_until(lambda: not self.owner.live, "the end of the run")
         self.assertEqual(self.fold(log.run_id).state, "SUCCEEDED")
 
     def test_a_cancel_after_the_end_and_a_retry_in_the_same_turn(self) -> None:
@@ -573,15 +568,15 @@ class TestInOneProcess(unittest.TestCase):
         plant(self.home, log)
         journal.unmark_live(self.home, log.run_id)
         params: dict[str, object] = {"run_id": log.run_id, "request": "q"}
-        _, answer = requests.METHODS["cancel"](self.loop, mock.Mock(), params)
-        requests.METHODS["retry"](self.loop, mock.Mock(), {**params, "request": "r"})
+        _, answer = requests.METHODS["cancel"](self.owner, mock.Mock(), params)
+        requests.METHODS["retry"](self.owner, mock.Mock(), {**params, "request": "r"})
         self.assertEqual(answer()["state"], "FAILED", "it was over when it was asked about, and goes on")
 
     def test_a_new_run_under_the_name_of_a_damaged_one(self) -> None:
-        self.loop.quarantine(Damaged("r1", "somebody has edited it"))
+        self.owner.quarantine(Damaged("r1", "somebody has edited it"))
         log = logs.Log(logs.workflow())
-        self.loop.create(log.lines[0].event, requests.Environment({}, 0o022, {}))  # type: ignore[arg-type]
-        self.assertEqual(self.loop.quarantined, {})
+        self.owner.create(log.lines[0].event, requests.Environment({}, 0o022, {}))  # type: ignore[arg-type]
+        self.assertEqual(self.owner.quarantined, {})
 
     def test_what_ends_an_attempt_counts_when_it_is_durable(self) -> None:
         """A reboot has ended it, its timeout passes in the very turn that finds that out, and the turn's batch fails."""
@@ -590,20 +585,55 @@ class TestInOneProcess(unittest.TestCase):
         write_status(files, 1, "a", "status 1\npid 99999999\n")
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
-        self.loop.server.welcome(theirs)
+        self.owner.server.welcome(theirs)
         ours.sendall(protocol.request("status", {"run_id": log.run_id}))
         # Taken over by a request, it is looked at in the turn after that; taken over at a start, in the first one.
         self.turn()
         with mock.patch.object(journal, "sync", side_effect=OSError(errno.EIO, "Input/output error")):
             self.turn()
-        (live,) = self.loop.live.values()
+        (live,) = self.owner.live.values()
         self.assertEqual(live.stalled, "its log cannot be written: Input/output error")
-        self.turn_until(lambda: not self.loop.live, "the end of the run")
-        self.assertEqual(self.loop.quarantined, {})
+        self.turn_until(lambda: not self.owner.live, "the end of the run")
+        self.assertEqual(self.owner.quarantined, {})
         with journal.open_log(files, log.run_id) as file:
             run, difference = decide.replay(journal.Reading(file, log.run_id))
         self.assertIsNone(difference)
         self.assertEqual((run.steps[0].state.value, run.steps[0].reason), ("FAILED", "lost"))
+
+
+class TestTakeOver(LoopTest):
+    """What the next daemon makes of a run that is alive, and of one whose end it cannot be sure of."""
+
+    def test_a_timeout_counts_from_the_start_however_often_daemons_change(self) -> None:
+        log = logs.Log(logs.workflow(logs.step("a", timeout_sec=3))).start("a")
+        started_ms = log.now_ms
+        files = plant(self.home, log)
+        write_status(files, 1, "a", "status 1\npid 99999999\n")
+        # As its shim does while it lives.
+        shim = self.enterContext(open(files.attempt(1, "a", 1).status, "rb"))
+        fcntl.flock(shim, fcntl.LOCK_EX)
+        for after_ms, is_over in ((1_000, False), (2_999, False), (3_000, True)):
+            with mock.patch.object(supervisor, "monotonic_ms", lambda now_ms=started_ms + after_ms: now_ms):
+                loop = self.loop()
+                loop.take_over_all()
+                # The first turn looks at the attempt, and sets the timers that the second one runs.
+                for _ in range(2):
+                    loop.turn(loop.now_ms)
+                self.end(loop)
+            with journal.open_log(files, log.run_id) as file:
+                names = [line.event.name for line in journal.Reading(file, log.run_id)]
+            self.assertEqual("attempt_timed_out" in names, is_over, after_ms)
+
+    def test_an_end_that_may_not_be_durable_is_not_told(self) -> None:
+        """It was read from a log that nobody could take over, which would have made it durable."""
+        log = logs.complete(logs.workflow())
+        plant(self.home, log)
+        loop = self.loop()
+        with mock.patch.object(supervisor, "log"):
+            with mock.patch.object(journal, "recover", side_effect=OSError(errno.EIO, "Input/output error")):
+                loop.take_over_all()
+                self.assertEqual(self.ask(loop, "status", run_id=log.run_id)["error"]["code"], protocol.STALLED)
+            self.assertEqual(self.ask(loop, "status", run_id=log.run_id)["result"]["state"], "SUCCEEDED")
 
 
 def plant(home: Home, log: logs.Log) -> RunFiles:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from unittest import mock
 
 from tests.daemon import ROOT, Daemon, step, until, wait_until
+from tests.loop import LoopTest
 from wfd import machine, process
 from wfd.orphans import Orphans
 from wfd.paths import Home
@@ -309,6 +310,29 @@ class Listing(unittest.TestCase):
             orphans.keep()
         orphans.look()
         self.assertEqual((orphans.are_kept, orphans.of(None, self.MARKS)), (False, ([], [])))
+
+
+@unittest.skipUnless(os.path.exists("/proc/self/environ"), "needs /proc to see another process's environment")
+class Reaped(LoopTest):
+    def test_what_was_known_of_it_is_not_believed_of_the_next_of_its_number(self) -> None:
+        marks = process.markers("w", "r1", "a", 1)
+        environ = {b"PATH": os.defpath.encode(), **marks}
+        pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exec sleep 600"], environ, setsid=True)
+        listing = self.enterContext(tempfile.TemporaryFile())
+        listing.write(b"%d " % pid)
+        listing.flush()
+        loop = self.loop()
+        with mock.patch.object(machine, "keep_orphans", lambda: listing.fileno()):
+            loop._orphans.keep()
+        loop._orphans.look()
+        try:
+            # What was just spawned is in the middle of an exec.
+            self.assertEqual(wait_until(lambda: loop._orphans.of(None, marks), "its environment"), ([], [pid]))
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: self.ask(loop, "list") and not process.group_exists(pid), "its end")
+        with mock.patch.object(os, "getpgid"), mock.patch.object(machine, "environment_of", lambda pid: frozenset()):
+            self.assertEqual(loop._orphans.of(None, marks), ([], []))
 
 
 # Becomes a subreaper; prints what it becomes the parent of, and what is said of a zombie and of one in between. Each look

@@ -886,6 +886,12 @@ class TestPureParts(unittest.TestCase):
 
 
 class TestChildren(unittest.TestCase):
+    def setUp(self) -> None:
+        # Whatever child has ended is shown and reaped here, not only our own.
+        left = process.next_dead_child()
+        who = "left by an earlier test; or by a process that became ours, since one had this process keep orphans"
+        self.assertIsNone(left, f"a dead child is there already, {who}")
+
     def spawn(self, command: str) -> int:
         return os.posix_spawn("/bin/sh", ["sh", "-c", command], os.environ)
 

@@ -27,10 +27,12 @@ from unittest import mock
 
 from tests import logs
 from tests.daemon import DEADLINE_SEC, MARK, ROOT, Client, Daemon, Refused, prlimit, shared, step, until, wait_until
+from tests.loop import LoopTest
 from wfd import VERSION, __main__, process, protocol, supervisor
 from wfd.__main__ import main
 from wfd.definition import MAX_DURATION_SEC
 from wfd.events import FORMAT, RULES, AttemptExited, Line, RunSubmitted, StepRetried, StepStarted
+from wfd.journal import Journal
 from wfd.paths import Home
 from wfd.requests import Environment
 from wfd.watchers import Batch, Watchers
@@ -183,8 +185,14 @@ class TestSlots(DaemonTest):
             self.assertEqual(daemon.request("hello", protocol_min=1, protocol_max=1)["live_steps"], 0)
 
 
-class TestTurns(unittest.TestCase):
-    """Without processes, and in this one, so that a bug put into it counts."""
+def create(loop: supervisor.Supervisor, run_id: str, *steps: dict[str, object]) -> None:
+    """A run that nobody has submitted."""
+    submitted = RunSubmitted(run_id, FORMAT, RULES, loop.boot_id, "/", logs.workflow(*steps))
+    loop.create(submitted, Environment({}, 0o022, {}))
+
+
+class TestTurns(LoopTest):
+    """Without processes."""
 
     def test_a_turn_is_some_steps_of_a_run_whose_steps_are_quick(self) -> None:
         some = supervisor.TURN_STEPS
@@ -200,14 +208,10 @@ class TestTurns(unittest.TestCase):
 
     def starts(self, count: int, slots: int) -> list[bytes]:
         """Which of two runs of so many steps is given a slot, each time."""
-        home = Home(self.enterContext(tempfile.TemporaryDirectory()))
-        for directory in (home.runs, home.live):
-            os.mkdir(directory)
-        selector = self.enterContext(contextlib.closing(selectors.DefaultSelector()))
-        loop = supervisor.Supervisor(home, "", selector, "boot", "host", slots)
-        workflow = logs.workflow(*(logs.step(f"s{number}") for number in range(count)))
+        self.home = self.fresh_home()
+        loop = self.loop(slots)
         for run_id in ("first", "second"):
-            loop.create(RunSubmitted(run_id, FORMAT, RULES, "boot", "/", workflow), Environment({}, 0o022, {}))
+            create(loop, run_id, *(logs.step(f"s{number}") for number in range(count)))
         starts = []
 
         def start(launch: process.Launch) -> process.Outcome:
@@ -218,6 +222,43 @@ class TestTurns(unittest.TestCase):
             while loop.live:
                 loop.turn(loop.now_ms)
         return starts
+
+
+class TestQuarantine(LoopTest):
+    """P7: a run of which the daemon's own check fails while a cancel of it is made durable. Its steps go on."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.started: list[bytes] = []
+        self.enterContext(mock.patch.multiple(process, start=self.start))
+        self.enterContext(mock.patch.object(supervisor, "log"))
+
+    def start(self, launch: process.Launch) -> int:
+        """A number that no process has."""
+        self.started.append(launch.environ[b"WFD_RUN_ID"])
+        return 2**30 + len(self.started)
+
+    def cancel(self, loop: supervisor.Supervisor, run_id: str) -> dict[str, Any]:
+        with mock.patch.object(Journal, "commit", side_effect=AssertionError("that cannot be")):
+            return self.ask(loop, "cancel", run_id=run_id, request="q")
+
+    def test_its_slots_are_free_again(self) -> None:
+        loop = self.loop(max_parallel=1)
+        for run_id in ("bad", "good"):
+            create(loop, run_id, logs.step("a"))
+        loop.turn(loop.now_ms)
+        self.assertEqual(self.started, [b"bad"])
+        self.cancel(loop, "bad")
+        loop.turn(loop.now_ms)
+        self.assertEqual(self.started, [b"bad", b"good"])
+        self.assertEqual(loop.running, 1)
+
+    def test_what_it_was_asked_for_in_that_turn_is_refused(self) -> None:
+        """The lines that say so are whole in its log, and perhaps not on the disk."""
+        loop = self.loop()
+        create(loop, "r1", logs.step("a"))
+        loop.turn(loop.now_ms)
+        self.assertEqual(self.cancel(loop, "r1")["error"]["code"], protocol.DAMAGED)
 
 
 class TestSubmitting(DaemonTest):
@@ -728,6 +769,24 @@ class TestFeeding(unittest.TestCase):
         self.assertEqual(sent, [("all", first), ("all", second), ("end", protocol.notifications("r", b"4\n"))])
 
 
+    def test_who_is_behind_is_sent_all_in_order(self) -> None:
+        """What is committed meanwhile waits until it has caught up."""
+        log = logs.complete(logs.workflow(*(logs.step(f"s{number}") for number in range(9))))
+        place = logs.home(self.enterContext(tempfile.TemporaryDirectory()))
+        logs.save(place, log.data, log.run_id)
+        sent: list[bytes] = []
+        watchers = Watchers(place, mock.Mock(is_crowded=False, send=lambda to, data: sent.append(data)))
+        half, *ends = logs.line_ends(log.data)[len(log.lines) // 2 :]
+        watchers.add(mock.Mock(is_full=False, outbox=b""), log.run_id, 0, half, only_end=False)
+        with mock.patch("wfd.watchers.FEED_BYTES", 500):
+            for start, end in itertools.pairwise([half, *ends]):
+                watchers.committed(Batch(log.run_id, start, log.data[start:end], is_end=end == len(log.data)))
+                watchers.feed()
+            while watchers.is_behind:
+                watchers.feed()
+        self.assertEqual(b"".join(sent), protocol.notifications(log.run_id, log.data))
+
+
 class TestAnswers(DaemonTest):
     def test_status_of_a_live_and_of_a_finished_run(self) -> None:
         with shared() as daemon:
@@ -959,12 +1018,15 @@ class TestLife(DaemonTest):
             assert daemon.process is not None
             failed = daemon.submit(step("a", "false"))
             daemon.wait_for(failed)
-            runs = [daemon.submit(step("a", "trap '' TERM; echo x >> out; sleep 1000", grace_sec=0.3)) for _ in range(3)]
+            # They end when we let them, and the daemon with them: not before it was asked all.
+            stays = f"trap '' TERM; echo x >> out; {until('go')}"
+            runs = [daemon.submit(step("a", stays, grace_sec=2 * DEADLINE_SEC)) for _ in range(3)]
             wait_until(lambda: len(daemon.read("out").split()) == 3, "three steps")
             daemon.request("shutdown", cancel_runs=True)
             refused = self.refused(daemon, "submit", **daemon.submission(step("a", "true")))
             self.assertEqual(refused.code, protocol.SHUTTING_DOWN)
             self.assertEqual(self.refused(daemon, "retry", run_id=failed, request="x").code, protocol.SHUTTING_DOWN)
+            daemon.touch("go")
             self.assertEqual(daemon.process.wait(DEADLINE_SEC), 0)
             self.assertEqual({daemon.fold(run_id).state for run_id in runs}, {"CANCELLED"})
 
