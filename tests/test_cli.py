@@ -793,6 +793,20 @@ class Replaying(Case):
         self.assertEqual([row["state"] for row in self.call("list", "--json").json["runs"]], ["SUCCEEDED", "DAMAGED"])
         self.assertEqual(self.call("status", "r2").code, 0)
 
+    def test_a_daemon_whose_socket_was_removed(self) -> None:
+        """It is not one that does not run: it owns the home, and no other can start."""
+        self.daemon.start()
+        os.unlink(self.daemon.socket_path)
+        assert self.daemon.process is not None
+        why = f"the daemon (pid {self.daemon.process.pid}) owns {self.daemon.home.directory}, but nobody listens at "
+        with mock.patch.object(client, "SETTLE_SEC", 0.05):
+            for command in ("status", "stop"):
+                with self.subTest(command):
+                    result = self.call("daemon", command)
+                    self.assertEqual((result.code, result.err.count("\n")), (4, 1))
+                    self.assertIn(why, result.err)
+        self.assertEqual(self.call("status", "r1").code, 0, "the log is there")
+
     def test_a_log_that_is_too_long_for_the_daemon_is_read_by_whoever_asks(self) -> None:
         """P7: its last line, which is all that the daemon looks at, proves nothing about those before it."""
         steps = [logs.step(f"s{number}", command="true #" + "x" * 900_000) for number in range(5)]

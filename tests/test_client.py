@@ -649,6 +649,15 @@ class Starting(unittest.TestCase):
             finally:
                 daemon.clean()
 
+    def test_the_end_of_a_daemon_whose_place_another_has_taken(self) -> None:
+        client.greet(self.daemon.home)
+        read_lock = client._read_lock
+        with (
+            mock.patch.object(client, "_is_locked", return_value=True),
+            mock.patch.object(client, "_read_lock", lambda home: {**read_lock(home), "pid": 0}),
+        ):
+            self.assertTrue(client.stop_daemon(self.daemon.home, cancel_runs=False))
+
     def test_a_request_larger_than_the_socket_s_buffer(self) -> None:
         steps = [{"id": f"s{number}", "command": "true #" + "x" * 900_000} for number in range(4)]
         run_id = library.submit({"workflow_id": "w", "steps": steps})

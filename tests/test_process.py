@@ -629,6 +629,17 @@ class TestLock(unittest.TestCase):
             process.start(launch)
         self.assertEqual((bench.status(attempt), bench.output(attempt)), (before, "once\n"))
 
+    def test_what_lies_in_the_place_of_its_output_is_not_opened(self) -> None:
+        """Opening a FIFO would hold up the daemon until somebody reads from it."""
+        for put_there in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/null", path)):
+            bench = Bench(self)
+            launch = bench.launch("true")
+            put_there(launch.files.out)
+            outcome = process.start(launch)
+            assert isinstance(outcome, Outcome)
+            self.assertEqual((outcome.kind, outcome.why, outcome.detail), ("not_started", "exec", "File exists"))
+            self.assertFalse(process.probe(launch.files).exists, "it never began")
+
     def test_a_file_that_is_taken_away_hides_nothing(self) -> None:
         bench = Bench(self)
         self.assertEqual(bench.run("rm -f *.status")[0].why, "killed", "it began; how it ended was in the file")

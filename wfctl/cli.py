@@ -513,7 +513,7 @@ def _daemon(args: argparse.Namespace) -> int:
         else:
             print("the daemon has ended" if was_there else f"no daemon was running for {render.escape(home.directory)}")
         return FINE
-    found = client.greet(home) if args.action == "start" else client.question(home, "hello", client.HELLO)
+    found = client.greet(home) if args.action == "start" else client.hello(home)
     if args.json:
         _print_json({"running": False, "home": home.directory} if found is None else {"running": True, **found})
     elif found is None:

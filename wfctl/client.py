@@ -48,6 +48,8 @@ START_DEADLINE_SEC = 15.0
 ANSWER_DEADLINE_SEC = 60.0
 # Whoever only asks has the log to fall back to, so it waits no longer than a person would believe in an answer.
 QUESTION_DEADLINE_SEC = 5.0
+# A daemon that owns the home and is not to be reached may be one that starts or ends, which takes it less than this.
+SETTLE_SEC = 2.0
 # A deadline that has all but passed still leaves a daemon the time to answer, if it can.
 _MIN_ANSWER_SEC = 0.05
 # A full backlog refuses at once; it is emptied once a turn of the daemon's loop.
@@ -481,20 +483,50 @@ def greet(home: Home) -> dict[str, object]:
 
 def stop_daemon(home: Home, cancel_runs: bool) -> bool:
     """Ask the daemon to end and wait until it has. False when none was there. Raises what `Connection.ask` raises."""
-    connection = connect(home)
+    connection = find(home)
     if connection is None:
         return False
+    pid: object = None
     with connection:
         try:
+            pid = connection.ask("hello", HELLO)["pid"]
             connection.ask("shutdown", {"cancel_runs": cancel_runs})
             while connection.receive(None) is not None:
                 pass
         except Gone:
             pass
-    while _is_locked(home):
+    # The next daemon may have the lock before we look: its pid is another. One that ends takes its own out of the file.
+    while _is_locked(home) and _read_lock(home).get("pid", pid) == pid:
         time.sleep(FIRST_DELAY_SEC)
     reap_daemons()
     return True
+
+
+def hello(home: Home) -> dict[str, object] | None:
+    """What the daemon says of itself, or None where none lives. Raises what `find` raises."""
+    connection = find(home, QUESTION_DEADLINE_SEC)
+    if connection is None:
+        return None
+    try:
+        with connection:
+            return connection.ask("hello", HELLO)
+    except Gone:
+        return None
+
+
+def find(home: Home, answer_sec: float | None = None) -> Connection | None:
+    """As `connect`, but None only where no daemon lives. Raises DaemonUnavailable also when one lives that nobody can
+    reach."""
+    deadline = time.monotonic() + SETTLE_SEC
+    while (connection := connect(home, answer_sec)) is None and _is_locked(home):
+        if time.monotonic() > deadline:
+            pid, socket_path = (_read_lock(home).get(name) for name in ("pid", "socket"))
+            raise DaemonUnavailable(
+                f"{_owner(home)} owns {home.directory}, but nobody listens at {socket_path}: was that file removed? "
+                f"End the daemon with `kill {pid}`; its steps go on, and the next command starts another"
+            )
+        time.sleep(FIRST_DELAY_SEC)
+    return connection
 
 
 def _is_locked(home: Home) -> bool:

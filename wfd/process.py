@@ -227,7 +227,7 @@ def _spawn(launch: Launch, status: int) -> int:
     command = words(launch)
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_OPEN, 1, files.out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+        (os.POSIX_SPAWN_OPEN, 1, files.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600),
         (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
         (os.POSIX_SPAWN_DUP2, 1, 8),
         (os.POSIX_SPAWN_DUP2, status, 9),
