@@ -2,7 +2,7 @@
 
 Rules (with those of bench_results.py)
 * A time counts only when the result is right: the run SUCCEEDED, each step ran once, and the log replays; a command said
-  what it should.
+  what it should. Before the first time the graph is run with commands that leave a trace, to see that they are executed.
 * Nothing is deleted before the last measurement: unlinking the files of earlier runs makes ext4 slow for a while, and
   that would be measured with the next run. What others have deleted is kept away from, too.
 * What is not here (a tool, strace, /proc) is skipped, with the reason.

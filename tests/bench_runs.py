@@ -86,6 +86,7 @@ def race(case: str, options: Options) -> Found:
     graph, parallel = RACES[case].graph(options.sizes), RACES[case].parallel
     path, cpu_ms = workflow_file(graph, parallel), list[float]()
     with Daemon("--max-parallel", str(MOST_PARALLEL)) as daemon:
+        daemon.run_traced(graph, parallel)
 
         def ours() -> float:
             before = daemon.cpu_sec() if HAS_PROC else 0.0
@@ -126,6 +127,8 @@ def many_steps(case: str, options: Options) -> Found:
             daemon.check_run(run_id, graph)
         return seconds / len(graph)
 
+    with Daemon() as daemon:
+        daemon.run_traced(fan_out(sizes.steps), 16)
     if options.warms_up:
         run(sizes.steps)
         peaks_kb.clear()
@@ -200,6 +203,7 @@ def many_runs(options: Options) -> Found:
     few, many = small_graph(sizes), fan_out(sizes.runs * sizes.run_steps - 2)
     waited: list[float] = []
     with Daemon() as daemon:
+        daemon.run_traced(few)
 
         def all_at_once() -> float:
             seconds, run_ids = run_at_once(daemon, few, sizes.runs)

@@ -8,12 +8,14 @@ import json
 import os
 import tempfile
 import unittest
+from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 from tests import bench, bench_profile, bench_runs, bench_watchers, logs
 from tests.bench_results import BARS, Options, Result, Sizes, Skipped, WrongResult, rate, ratio, rounds
 from tests.bench_runs import RACES, Race
-from tests.bench_subjects import Daemon, chain, fan_out, layers, loose
+from tests.bench_subjects import Daemon, Graph, chain, fan_out, layers, loose, traced, workflow_file
 from wfd.events import StepSucceeded
 
 LITTLE = Sizes(
@@ -100,13 +102,55 @@ class Wrong(LittleTest):
             "again": (logs.complete(workflow, {"s0": [1]}, "again").data, "not each of its 2 steps ran exactly once"),
             "lost": (lost.data, "not each of its 2 steps ran exactly once"),
         }
+        for run_id, (data, why) in cases.items():
+            self.check_log(data, run_id, chain(2), why)
+
+    def test_a_log_in_which_a_sleep_is_too_short(self) -> None:
+        for run_id, lasted_ms, why in (("slept", 100, ""), ("hasty", 99, "s0 was to sleep for 0.1 s, and took 99 ms")):
+            log = logs.Log(logs.workflow(logs.step("s0", command="sleep 0.1")), run_id).start("s0")
+            log.now_ms += lasted_ms
+            self.check_log(log.exit("s0", 0).data, run_id, loose(1, "sleep 0.1"), why)
+
+    def check_log(self, data: bytes, run_id: str, graph: Graph, why: str) -> None:
+        """why: what is said to be wrong with it, "" when nothing is."""
         daemon = Daemon()
         os.mkdir(daemon.home.directory, 0o700)
-        home = logs.home(daemon.home.directory)
-        for run_id, (data, why) in cases.items():
-            logs.save(home, data, run_id)
-            with self.subTest(run_id), self.assertRaisesRegex(WrongResult, why) if why else contextlib.nullcontext():
-                daemon.check_run(run_id, chain(2))
+        logs.save(logs.home(daemon.home.directory), data, run_id)
+        with self.subTest(run_id), self.assertRaisesRegex(WrongResult, why) if why else contextlib.nullcontext():
+            daemon.check_run(run_id, graph)
+
+    def test_commands_that_are_not_executed_once(self) -> None:
+        graph = traced(chain(2))
+        with Daemon() as daemon:
+            _, run_id = daemon.run(workflow_file(graph))
+        daemon.check_traces(run_id, graph)
+        files = [daemon.home.run(run_id).attempt(ordinal, step.id, 1).out for ordinal, step in enumerate(graph, 1)]
+        for text in ("", "s1", "s0\n", "s1\ns1\n"):
+            with open(files[1], "w", encoding="utf-8") as file:
+                file.write(text)
+            with self.subTest(text), self.assertRaisesRegex(WrongResult, "s1 was not executed exactly once, it said"):
+                daemon.check_traces(run_id, graph)
+        os.unlink(files[1])
+        with self.assertRaisesRegex(WrongResult, "s1 was not executed, it has no output file"):
+            daemon.check_traces(run_id, graph)
+        again = daemon.home.run(run_id).attempt(1, "s0", 2).status
+        with open(again, "w"), self.assertRaisesRegex(WrongResult, r"1-s0\.2\.status is not a file of the first attempt"):
+            daemon.check_traces(run_id, graph)
+
+    def test_no_time_is_taken_before_a_trace_was_seen(self) -> None:
+        cases: dict[str, Callable[[Options], bench_runs.Found]] = {
+            "chain": partial(bench_runs.race, "chain"),
+            "10k": partial(bench_runs.many_steps, "10k"),
+            "runs": bench_runs.many_runs,
+        }
+        for name, case in cases.items():
+            with (
+                self.subTest(name),
+                mock.patch.object(Daemon, "check_traces", side_effect=WrongResult("no trace")),
+                mock.patch.object(bench_runs, "rounds", side_effect=AssertionError("it takes a time")),
+                self.assertRaisesRegex(WrongResult, "no trace"),
+            ):
+                list(case(self.options))
 
     def test_a_watcher_that_sees_something_else(self) -> None:
         stream = bytearray(b"one\ntwo\n")
