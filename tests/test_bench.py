@@ -6,13 +6,15 @@ import contextlib
 import io
 import json
 import os
+import signal
 import tempfile
+import time
 import unittest
 from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
-from tests import bench, bench_profile, bench_runs, bench_watchers, logs
+from tests import bench, bench_profile, bench_results, bench_runs, bench_watchers, logs
 from tests.bench_results import BARS, Options, Result, Sizes, Skipped, WrongResult, rate, ratio, rounds
 from tests.bench_runs import RACES, Race
 from tests.bench_subjects import Daemon, Graph, chain, fan_out, layers, loose, traced, workflow_file
@@ -158,6 +160,17 @@ class Wrong(LittleTest):
         self.assertEqual(stream, b"one\ntwo\nthree\n")
         with self.assertRaises(WrongResult):
             bench_watchers._take(stream, 4, b"too\n")
+
+    def test_a_command_that_does_not_end(self) -> None:
+        start = time.monotonic()
+        with (
+            mock.patch.object(bench_results, "TIMEOUT_SEC", 0.05),
+            self.assertRaisesRegex(WrongResult, r"^sh -c .* has not ended after 0\.05 s$"),
+        ):
+            # The second one holds the pipes for as long as it lives, which is not waited for.
+            bench_results.timed(["sh", "-c", "sleep 5 & wait"])
+        self.assertLess(time.monotonic() - start, 4)
+        self.assertEqual(signal.getitimer(signal.ITIMER_REAL), (0, 0))
 
     def test_the_command_ends_with_1(self) -> None:
         def wrong(options: Options) -> bench_runs.Found:
