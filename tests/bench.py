@@ -21,15 +21,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TextIO
 
 from tests import bench_homes, bench_runs, bench_watchers
 from tests.bench_profile import PROFILED, profile
-from tests.bench_results import Options, Result, WrongResult
+from tests.bench_results import Options, Result, Skipped, WrongResult
 from tests.bench_runs import Found
 
 CASES: dict[str, tuple[str, Callable[[Options], Found]]] = {
@@ -54,7 +54,11 @@ CASES: dict[str, tuple[str, Callable[[Options], Found]]] = {
 ONLY_NAMED = frozenset({"100k"})
 
 
-def measure(cases: Sequence[str], options: Options, profiles: bool = False) -> Found:
+class NotWritten(Exception):
+    """Figures could not be printed, or written to their file."""
+
+
+def measure(cases: Sequence[str], options: Options, profiles: bool = False) -> Generator[Result | Skipped, None, None]:
     """The figures of these cases, as they come."""
     for name in cases:
         yield from CASES[name][1](options)
@@ -116,8 +120,9 @@ def place() -> Iterator[str]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure the cases that are asked for, or all but ONLY_NAMED. 0; 1 when a result was wrong; 130 and 141 as a shell has
-    them for who is interrupted, or has no reader any more. What was measured until then is in the file."""
+    """Measure the cases that are asked for, or all but ONLY_NAMED. 0; 1 when a result was wrong, or the figures cannot be
+    printed or written, which a sentence on stderr says; 2 for wrong words, or a file that cannot be made; 130 and 141 as a
+    shell has them for who is interrupted, or has no reader any more. What was measured until then is in the file."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench",
         description="Measure wfd beside what is installed.",
@@ -133,24 +138,24 @@ def main(words: Sequence[str] | None = None) -> int:
         if name not in CASES:
             parser.error(f"no case {name!r}; there are {', '.join(CASES)}")
     cases = arguments.case or [name for name in CASES if name not in ONLY_NAMED]
-    with ExitStack() as stack:
-        try:
-            # Before anything is measured: minutes would be lost.
-            file = stack.enter_context(open(arguments.json, "w", encoding="utf-8")) if arguments.json else None
-        except OSError as error:
-            parser.error(f"{arguments.json}: {error.strerror}")
-        base = stack.enter_context(place())
-        try:
-            show(machine(base), measure(cases, Options(base, arguments.pairs), arguments.profile), file)
-        except WrongResult as problem:
-            print(f"bench: {problem}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            return 130
-        except BrokenPipeError:
-            # Else the interpreter would try to say the rest at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        with ExitStack() as stack:
+            try:
+                # Before anything is measured: minutes would be lost.
+                file = None if arguments.json is None else stack.enter_context(open(arguments.json, "w", encoding="utf-8"))
+            except OSError as error:
+                parser.error(f"--json {arguments.json}: {error.strerror}")
+            base = stack.enter_context(place())
+            # Closed before its files go: whatever ends us, no daemon is left.
+            found = stack.enter_context(closing(measure(cases, Options(base, arguments.pairs), arguments.profile)))
+            show(machine(base), found, file)
+    except (WrongResult, NotWritten) as problem:
+        if isinstance(problem.__cause__, BrokenPipeError):
             return 141
+        print(f"bench: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -161,19 +166,33 @@ def _positive(text: str) -> int:
 
 
 def show(where: dict[str, object], found: Found, file: TextIO | None) -> None:
-    """Print figures as they come, and write them to a file when that is asked for."""
+    """Print figures as they come, and write them to a file when that is asked for, which is then closed. Raises
+    NotWritten."""
     results, skipped = [], []
     try:
-        print("\n".join(f"{name + ':':12} {value}" for name, value in where.items()))
+        _print("\n".join(f"{name + ':':12} {value}" for name, value in where.items()))
         for each in found:
-            print(each.row(), flush=True)
+            _print(each.row())
             if isinstance(each, Result):
                 results.append(each.record())
             else:
                 skipped.append(asdict(each))
     finally:
         if file is not None:
-            json.dump({"machine": where, "results": results, "skipped": skipped}, file, indent=1)
+            try:
+                with file:
+                    json.dump({"machine": where, "results": results, "skipped": skipped}, file, indent=1)
+            except OSError as error:
+                raise NotWritten(f"{file.name}: {error.strerror}") from error
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Else the interpreter would try to say the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise NotWritten(f"standard output: {error.strerror}") from error
 
 
 if __name__ == "__main__":

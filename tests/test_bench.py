@@ -7,6 +7,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import unittest
@@ -18,6 +20,7 @@ from tests import bench, bench_profile, bench_results, bench_runs, bench_watcher
 from tests.bench_results import BARS, Options, Result, Sizes, Skipped, WrongResult, rate, ratio, rounds
 from tests.bench_runs import RACES, Race
 from tests.bench_subjects import Daemon, Graph, chain, fan_out, layers, loose, traced, workflow_file
+from tests.daemon import ROOT
 from wfd.events import StepSucceeded
 
 LITTLE = Sizes(
@@ -183,12 +186,25 @@ class Wrong(LittleTest):
             contextlib.redirect_stderr(io.StringIO()) as stderr,
         ):
             self.assertEqual(bench.main(["wrong"]), 1)
-            for arguments in (["unknown"], ["--pairs", "0"], ["--pairs", "-1"], ["--json", "/no/such/file"]):
+            for arguments in (["unknown"], ["--pairs", "0"], ["--pairs", "-1"], ["--json", "/no/such/file"], ["--json", ""]):
                 with self.assertRaises(SystemExit) as caught:
                     bench.main(arguments)
                 self.assertEqual(caught.exception.code, 2)
         self.assertIn("bench: nothing was right\n", stderr.getvalue())
         self.assertIn("/no/such/file: No such file", stderr.getvalue())
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "/dev/full is not here")
+    def test_figures_that_cannot_be_written(self) -> None:
+        with (
+            mock.patch.dict(bench.CASES, {"right": ("", lambda options: iter([Result("idle", "memory", "MB", [17.0])]))}),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()) as stderr,
+        ):
+            self.assertEqual(bench.main(["right", "--json", "/dev/full"]), 1)
+        self.assertEqual(stderr.getvalue(), "bench: /dev/full: No space left on device\n")
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-m", "tests.bench"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, done.stderr), (1, b"bench: standard output: No space left on device\n"))
 
     def test_what_was_measured_before_an_interrupt_is_kept(self) -> None:
         def interrupted(options: Options) -> bench_runs.Found:
@@ -226,9 +242,9 @@ class Table(unittest.TestCase):
     def test_what_is_printed_and_written(self) -> None:
         with bench.place() as base, contextlib.redirect_stdout(io.StringIO()) as stdout:
             path = f"{base}/figures.json"
-            with open(path, "w+", encoding="utf-8") as file:
+            with open(path, "w", encoding="utf-8") as file:
                 bench.show({"cores": 2}, iter(self.FOUND), file)
-                file.seek(0)
+            with open(path, encoding="utf-8") as file:
                 written = json.load(file)
         self.assertEqual(stdout.getvalue().splitlines(), ["cores:       2", *(each.row() for each in self.FOUND)])
         self.assertEqual(written["machine"], {"cores": 2})
