@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from tests import bench_homes, bench_runs, bench_watchers
 from tests.bench_profile import PROFILED, profile
 from tests.bench_results import Options, Result, Skipped, WrongResult
 from tests.bench_runs import Found
+from tests.bench_subjects import SIGNALS, uninterrupted
 
 CASES: dict[str, tuple[str, Callable[[Options], Found]]] = {
     "fan-out": ("1,000 steps between a first and a last one, 16 at a time", partial(bench_runs.race, "fan-out")),
@@ -113,7 +115,8 @@ def place() -> Iterator[str]:
         yield base
     finally:
         tempfile.tempdir = before
-        shutil.rmtree(base)
+        with uninterrupted():
+            shutil.rmtree(base)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -121,8 +124,9 @@ def place() -> Iterator[str]:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Measure the cases that are asked for, or all but ONLY_NAMED. 0; 1 when a result was wrong, or the figures cannot be
-    printed or written, which a sentence on stderr says; 2 for wrong words, or a file that cannot be made; 130 and 141 as a
-    shell has them for who is interrupted, or has no reader any more. What was measured until then is in the file."""
+    printed or written, which a sentence on stderr says; 2 for wrong words, or a file that cannot be made; 130, 143 and 141
+    as a shell has them for who is interrupted, is ended by SIGTERM, or has no reader any more. What was measured until then
+    is in the file."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench",
         description="Measure wfd beside what is installed.",
@@ -154,9 +158,26 @@ def main(words: Sequence[str] | None = None) -> int:
             return 141
         print(f"bench: {problem}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        number: int = interrupt.args[0] if interrupt.args else signal.SIGINT
+        return 128 + number
     return 0
+
+
+def _heed_signals() -> None:
+    """From now on SIGTERM (which `timeout` sends) interrupts as Ctrl-C does, and neither does so for a second time: whoever
+    presses Ctrl-C again shall not stop what cleans up. What whoever started us has us ignore is ignored."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        # Not by ignoring the signal from now on: one that has just come would be told of on stderr.
+        if not came:
+            came.append(number)
+            raise KeyboardInterrupt(number)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def _positive(text: str) -> int:
@@ -196,4 +217,10 @@ def _print(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Not in main: a test that calls it has signal handlers of its own.
+    _heed_signals()
+    status = main()
+    # All is cleaned up, and it is known how it ended.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,6 +91,20 @@ def workflow_file(graph: Graph, parallel: int | None = None) -> str:
 # -- our side ----------------------------------------------------------------------------------------------------------
 
 
+# That interrupt us.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What cleans up is not left half done: a signal that comes meanwhile interrupts what is behind it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Daemon(daemon.Daemon):
     """A daemon, from `with` to its end, in a home of its own or in `home`. Its files stay.
 
@@ -110,7 +126,8 @@ class Daemon(daemon.Daemon):
             if kind is None and self.process is not None:
                 self.stop()
         finally:
-            self.end_all()
+            with uninterrupted():
+                self.end_all()
 
     def interpreter(self) -> list[str]:
         return [*self.before, *super().interpreter()]

@@ -65,7 +65,8 @@ def _crowd(daemon: Daemon, run_id: str, count: int) -> Iterator[None]:
     """The other process, from when all its watchers are answered until they have seen the run's end. Raises WrongResult."""
     path = os.path.join(tempfile.mkdtemp(prefix="stream-"), "stream")
     command = [sys.executable, "-m", "tests.bench_watchers", daemon.socket_path, run_id, str(count), path]
-    crowd = subprocess.Popen(command, cwd=ROOT, env=daemon.environ, stdout=subprocess.PIPE)
+    # In a group of its own: a Ctrl-C is for us alone, who end it then.
+    crowd = subprocess.Popen(command, cwd=ROOT, env=daemon.environ, stdout=subprocess.PIPE, process_group=0)
     try:
         assert crowd.stdout is not None
         if crowd.stdout.readline() != b"ready\n":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from tests import bench, bench_profile, bench_results, bench_runs, bench_watcher
 from tests.bench_results import BARS, Options, Result, Sizes, Skipped, WrongResult, rate, ratio, rounds
 from tests.bench_runs import RACES, Race
 from tests.bench_subjects import Daemon, Graph, chain, fan_out, layers, loose, traced, workflow_file
-from tests.daemon import ROOT
+from tests.daemon import ROOT, wait_until
 from wfd.events import StepSucceeded
 
 LITTLE = Sizes(
@@ -218,6 +220,33 @@ class Wrong(LittleTest):
         ):
             self.assertEqual(bench.main(["interrupted", "--json", file.name]), 130)
             self.assertEqual([each["median"] for each in json.load(file)["results"]], [17.0])
+
+
+class Interrupted(unittest.TestCase):
+    def test_no_file_no_daemon_and_no_traceback_is_left(self) -> None:
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            with self.subTest(number.name), tempfile.TemporaryDirectory() as base:
+                command, environ = [sys.executable, "-m", "tests.bench", "sleep"], {**os.environ, "TMPDIR": base}
+                pipe = subprocess.PIPE
+                process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=pipe, stderr=pipe)
+                pid = wait_until(partial(daemon_of, base), "the daemon's start")
+                # Again and again, so in the midst of what the first one has it do, too.
+                while process.poll() is None:
+                    process.send_signal(number)
+                    time.sleep(0.005)
+                self.assertEqual((process.returncode, process.communicate()[1]), (status, b""))
+                self.assertEqual(os.listdir(base), [])
+                with self.assertRaises(ProcessLookupError):
+                    os.kill(pid, 0)
+
+
+def daemon_of(base: str) -> int:
+    """The pid of the daemon that has its home below this directory, 0 before it says so."""
+    for path in glob.glob(f"{base}/*/*/stderr"):
+        with open(path, encoding="utf-8") as file:
+            if found := re.search("pid ([0-9]+), owns", file.read()):
+                return int(found[1])
+    return 0
 
 
 class Table(unittest.TestCase):
