@@ -161,7 +161,7 @@ class Result:
         spread = f"{min(self.values):.2f} to {max(self.values):.2f}" if len(self.values) > 1 else ""
         pair = (self.ours_ms, self.theirs_ms) if self.ours_ms and self.theirs_ms else ()
         times = " / ".join(f"{ms:.0f} ms" if ms >= 10 else f"{ms:.2f} ms" for ms in pair)
-        head = f"{self.case:12} {self.figure:24} {self.median:8.2f} {self.unit:3}"
+        head = f"{self.case:12} {self.figure:37} {self.median:8.2f} {self.unit:3}"
         return f"{head} {spread:18} {self._verdict():18} {times or self.note}".rstrip()
 
     def _verdict(self) -> str:

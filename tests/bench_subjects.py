@@ -91,7 +91,7 @@ def workflow_file(graph: Graph, parallel: int | None = None) -> str:
 # -- our side ----------------------------------------------------------------------------------------------------------
 
 
-# That interrupt us.
+# What ends the benchmark before its time: Ctrl-C, and `timeout`.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import unittest
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from unittest import mock
@@ -24,6 +25,7 @@ from tests.bench_runs import RACES, Race
 from tests.bench_subjects import Daemon, Graph, chain, fan_out, layers, loose, traced, workflow_file
 from tests.daemon import ROOT, wait_until
 from wfd.events import StepSucceeded
+from wfd.paths import Home
 
 LITTLE = Sizes(
     fan_out=3, layers=2, layer_steps=2, chain=2, sleeps=2, steps=3, steps_10k=5, steps_100k=4, runs=2, run_steps=4,
@@ -249,6 +251,15 @@ def daemon_of(base: str) -> int:
     return 0
 
 
+ROWS = """\
+chain        ninja -j1                                 3.00 x   2.00 to 9.00       bar <= 2 MISSED    300 ms / 100 ms
+log          recovery                                 25.00 %                      bar >= 45 MISSED   400 ms / 100 ms
+idle         wake-ups                                  0.00                        bar <= 0 met
+chain        skipped: make is not installed
+chain        profile: spawn                            0.40 ms                                        52.0%, 1.0 calls
+"""
+
+
 class Table(unittest.TestCase):
     FOUND = (
         ratio("chain", "ninja -j1", [0.2, 0.3, 0.9], [0.1, 0.1, 0.1]),
@@ -259,14 +270,7 @@ class Table(unittest.TestCase):
     )
 
     def test_rows(self) -> None:
-        rows = [each.row() for each in self.FOUND]
-        self.assertEqual(rows, [
-            "chain        ninja -j1                    3.00 x   2.00 to 9.00       bar <= 2 MISSED    300 ms / 100 ms",
-            "log          recovery                    25.00 %                      bar >= 45 MISSED   400 ms / 100 ms",
-            "idle         wake-ups                     0.00                        bar <= 0 met",
-            "chain        skipped: make is not installed",
-            "chain        profile: spawn               0.40 ms                                        52.0%, 1.0 calls",
-        ])  # fmt: skip
+        self.assertEqual([each.row() for each in self.FOUND], ROWS.splitlines())
 
     def test_what_is_printed_and_written(self) -> None:
         with bench.place() as base, contextlib.redirect_stdout(io.StringIO()) as stdout:
@@ -319,6 +323,13 @@ class Rounds(unittest.TestCase):
             "epoll_pwait(4<anon_inode:[eventpoll]>, [], 7, 0, NULL, 8) = 0\n",
         ])  # fmt: skip
         self.assertEqual(turns, [{"/h/live": 1}, {"/h/runs/r1/events.ndjson": 2}, {}])
+
+    def test_the_log_of_a_run_that_is_created_in_a_turn(self) -> None:
+        new, log, other = (f"/h/runs/{run_id}/events.ndjson" for run_id in (".new-r1", "r1", "r2"))
+        turns = [Counter({other: 5}), Counter({new: 2, log: 1, other: 5}), Counter({log: 4}), Counter[str]()]
+        self.assertEqual(bench_runs.syncs_of_log(turns, Home("/h"), "r1"), (3, [0, 4, 0]))
+        # One that was not created in sight.
+        self.assertEqual(bench_runs.syncs_of_log(turns, Home("/h"), "r2"), (0, [5, 5, 0, 0]))
 
 
 if __name__ == "__main__":
