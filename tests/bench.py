@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, Callable[[Options], Found]]] = {
     "log": ("reading the log of 10,000 steps, beside json.loads", bench_homes.log),
     "start": ("a daemon's start with 10,000 finished runs and 10 unfinished ones, beside the 10 alone", bench_homes.start),
     "commands": ("status, list, run -d in that home, beside `python3 -I -c 'import socket, json'`", bench_homes.commands),
-    "watchers": ("a run of 1,000 steps that 200 watch, beside one that nobody does; then 1,000", bench_watchers.watchers),
+    "watchers": ("runs of `true` and `sleep 0.1` that 200 watch, beside nobody; then 1,000", bench_watchers.watchers),
     "idle": ("a daemon that has nothing to do, then one with 200 live steps", bench_homes.idle),
 }
 # It takes some minutes, so it is measured only where it is named.

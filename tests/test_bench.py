@@ -16,6 +16,7 @@ import time
 import unittest
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -31,6 +32,7 @@ LITTLE = Sizes(
     fan_out=3, layers=2, layer_steps=2, chain=2, sleeps=2, steps=3, steps_10k=5, steps_100k=4, runs=2, run_steps=4,
     traced_runs=2, finished=3, unfinished=2, watchers=2, most_watchers=3, live_steps=2, settle_sec=0, idle_sec=0.05,
 )  # fmt: skip
+SLOW = "without them, steps of `sleep 0.1`"
 # Cases that are others with other numbers.
 MORE_OF_THE_SAME = frozenset({"fan-out-2", "layers", "layers-2", "sleep", "100k"})
 
@@ -60,6 +62,22 @@ class Cases(LittleTest):
         self.assertEqual({case for case, _ in BARS}, bench.CASES.keys())
         for case, race in RACES.items():
             self.assertIn((case, f"ninja -j{race.parallel}"), BARS)
+
+    def test_where_too_few_files_may_be_open(self) -> None:
+        options = replace(self.options, sizes=replace(LITTLE, most_watchers=1_000))
+        for limit, figures, why in (
+            (1_100, ["without them", SLOW, "without them, 1,000"], []),
+            (1_099, ["without them", SLOW], ["1,000 watchers need 1,100 open files, and no more than 1,099 may be"]),
+            (101, [], ["2 watchers need 102 open files, and no more than 101 may be"]),
+        ):
+            with (
+                self.subTest(limit),
+                mock.patch("resource.getrlimit", return_value=(limit, limit)),
+                mock.patch.object(bench_watchers, "_watched_run", return_value=1.0),
+            ):
+                found = list(bench_watchers.watchers(options))
+            self.assertEqual([each.figure for each in found if isinstance(each, Result)], figures)
+            self.assertEqual([each.why for each in found if isinstance(each, Skipped)], why)
 
     def test_where_nothing_else_is_installed(self) -> None:
         with mock.patch.dict(os.environ, {"PATH": self.options.base}):
