@@ -131,12 +131,18 @@ def main(socket_path: str, run_id: str, count: str, path: str) -> int:
 
 
 def _watch(socket_path: str, run_id: str) -> tuple[socket.socket, bytes]:
-    """A connection that watches, and what has come behind the answer."""
+    """A connection that watches, and what has come behind the answer. Raises WrongResult, TimeoutError."""
     watcher, received = socket.socket(socket.AF_UNIX), b""
+    # A daemon that may open no more files lets the others wait.
+    watcher.settimeout(DEADLINE_SEC)
     watcher.connect(socket_path)
     watcher.sendall(protocol.request("watch", {"run_id": run_id, "from_seq": 1}))
     while b"\n" not in received:
-        received += watcher.recv(_RECEIVE_BYTES)
+        data = watcher.recv(_RECEIVE_BYTES)
+        if not data:
+            watcher.close()
+            raise WrongResult("the daemon has hung up")
+        received += data
     answer, _, begun = received.partition(b"\n")
     if "result" not in json.loads(answer):
         raise WrongResult(f"the daemon answered {answer!r}")

@@ -9,9 +9,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from collections import Counter
@@ -24,7 +26,7 @@ from tests import bench, bench_profile, bench_results, bench_runs, bench_watcher
 from tests.bench_results import BARS, Options, Result, Sizes, Skipped, WrongResult, rate, ratio, rounds
 from tests.bench_runs import RACES, Race
 from tests.bench_subjects import Daemon, Graph, chain, fan_out, layers, loose, traced, workflow_file
-from tests.daemon import ROOT, wait_until
+from tests.daemon import ROOT, deadline, wait_until
 from wfd.events import StepSucceeded
 from wfd.paths import Home
 
@@ -185,6 +187,22 @@ class Wrong(LittleTest):
         self.assertEqual(stream, b"one\ntwo\nthree\n")
         with self.assertRaises(WrongResult):
             bench_watchers._take(stream, 4, b"too\n")
+
+    def test_a_daemon_that_hangs_up_on_a_watcher(self) -> None:
+        path = f"{self.options.base}/socket"
+
+        def hang_up() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(1000)
+
+        with deadline(), socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            hangs_up = threading.Thread(target=hang_up)
+            hangs_up.start()
+            with self.assertRaisesRegex(WrongResult, "the daemon has hung up"):
+                bench_watchers._watch(path, "r1")
+            hangs_up.join()
 
     def test_a_command_that_does_not_end(self) -> None:
         start = time.monotonic()
