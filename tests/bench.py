@@ -2,7 +2,7 @@
 
 Rules (with those of bench_results.py)
 * A time counts only when the result is right: the run SUCCEEDED, each step ran once, and the log replays; a command said
-  what it should.
+  what it should. Before the first time the graph is run with commands that leave a trace, to see that they are executed.
 * Nothing is deleted before the last measurement: unlinking the files of earlier runs makes ext4 slow for a while, and
   that would be measured with the next run. What others have deleted is kept away from, too.
 * What is not here (a tool, strace, /proc) is skipped, with the reason.
@@ -18,19 +18,21 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TextIO
 
 from tests import bench_homes, bench_runs, bench_watchers
 from tests.bench_profile import PROFILED, profile
-from tests.bench_results import Options, Result, WrongResult
+from tests.bench_results import Options, Result, Skipped, WrongResult
 from tests.bench_runs import Found
+from tests.bench_subjects import SIGNALS, uninterrupted
 
 CASES: dict[str, tuple[str, Callable[[Options], Found]]] = {
     "fan-out": ("1,000 steps between a first and a last one, 16 at a time", partial(bench_runs.race, "fan-out")),
@@ -47,14 +49,18 @@ CASES: dict[str, tuple[str, Callable[[Options], Found]]] = {
     "log": ("reading the log of 10,000 steps, beside json.loads", bench_homes.log),
     "start": ("a daemon's start with 10,000 finished runs and 10 unfinished ones, beside the 10 alone", bench_homes.start),
     "commands": ("status, list, run -d in that home, beside `python3 -I -c 'import socket, json'`", bench_homes.commands),
-    "watchers": ("a run of 1,000 steps that 200 watch, beside one that nobody does; then 1,000", bench_watchers.watchers),
+    "watchers": ("runs of `true` and `sleep 0.1` that 200 watch, beside nobody; then 1,000", bench_watchers.watchers),
     "idle": ("a daemon that has nothing to do, then one with 200 live steps", bench_homes.idle),
 }
 # It takes some minutes, so it is measured only where it is named.
 ONLY_NAMED = frozenset({"100k"})
 
 
-def measure(cases: Sequence[str], options: Options, profiles: bool = False) -> Found:
+class NotWritten(Exception):
+    """Figures could not be printed, or written to their file."""
+
+
+def measure(cases: Sequence[str], options: Options, profiles: bool = False) -> Generator[Result | Skipped, None, None]:
     """The figures of these cases, as they come."""
     for name in cases:
         yield from CASES[name][1](options)
@@ -109,15 +115,18 @@ def place() -> Iterator[str]:
         yield base
     finally:
         tempfile.tempdir = before
-        shutil.rmtree(base)
+        with uninterrupted():
+            shutil.rmtree(base)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure the cases that are asked for, or all but ONLY_NAMED. 0; 1 when a result was wrong; 130 and 141 as a shell has
-    them for who is interrupted, or has no reader any more. What was measured until then is in the file."""
+    """Measure the cases that are asked for, or all but ONLY_NAMED. 0; 1 when a result was wrong, or the figures cannot be
+    printed or written, which a sentence on stderr says; 2 for wrong words, or a file that cannot be made; 130, 143 and 141
+    as a shell has them for who is interrupted, is ended by SIGTERM, or has no reader any more. What was measured until then
+    is in the file."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench",
         description="Measure wfd beside what is installed.",
@@ -133,25 +142,42 @@ def main(words: Sequence[str] | None = None) -> int:
         if name not in CASES:
             parser.error(f"no case {name!r}; there are {', '.join(CASES)}")
     cases = arguments.case or [name for name in CASES if name not in ONLY_NAMED]
-    with ExitStack() as stack:
-        try:
-            # Before anything is measured: minutes would be lost.
-            file = stack.enter_context(open(arguments.json, "w", encoding="utf-8")) if arguments.json else None
-        except OSError as error:
-            parser.error(f"{arguments.json}: {error.strerror}")
-        base = stack.enter_context(place())
-        try:
-            show(machine(base), measure(cases, Options(base, arguments.pairs), arguments.profile), file)
-        except WrongResult as problem:
-            print(f"bench: {problem}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            return 130
-        except BrokenPipeError:
-            # Else the interpreter would try to say the rest at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        with ExitStack() as stack:
+            try:
+                # Before anything is measured: minutes would be lost.
+                file = None if arguments.json is None else stack.enter_context(open(arguments.json, "w", encoding="utf-8"))
+            except OSError as error:
+                parser.error(f"--json {arguments.json}: {error.strerror}")
+            base = stack.enter_context(place())
+            # Closed before its files go: whatever ends us, no daemon is left.
+            found = stack.enter_context(closing(measure(cases, Options(base, arguments.pairs), arguments.profile)))
+            show(machine(base), found, file)
+    except (WrongResult, NotWritten) as problem:
+        if isinstance(problem.__cause__, BrokenPipeError):
             return 141
+        print(f"bench: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        number: int = interrupt.args[0] if interrupt.args else signal.SIGINT
+        return 128 + number
     return 0
+
+
+def _heed_signals() -> None:
+    """From now on SIGTERM (which `timeout` sends) interrupts as Ctrl-C does, and neither does so for a second time: whoever
+    presses Ctrl-C again shall not stop what cleans up. What whoever started us has us ignore is ignored."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        # Not by ignoring the signal from now on: one that has just come would be told of on stderr.
+        if not came:
+            came.append(number)
+            raise KeyboardInterrupt(number)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def _positive(text: str) -> int:
@@ -161,20 +187,40 @@ def _positive(text: str) -> int:
 
 
 def show(where: dict[str, object], found: Found, file: TextIO | None) -> None:
-    """Print figures as they come, and write them to a file when that is asked for."""
+    """Print figures as they come, and write them to a file when that is asked for, which is then closed. Raises
+    NotWritten."""
     results, skipped = [], []
     try:
-        print("\n".join(f"{name + ':':12} {value}" for name, value in where.items()))
+        _print("\n".join(f"{name + ':':12} {value}" for name, value in where.items()))
         for each in found:
-            print(each.row(), flush=True)
+            _print(each.row())
             if isinstance(each, Result):
                 results.append(each.record())
             else:
                 skipped.append(asdict(each))
     finally:
         if file is not None:
-            json.dump({"machine": where, "results": results, "skipped": skipped}, file, indent=1)
+            try:
+                with file:
+                    json.dump({"machine": where, "results": results, "skipped": skipped}, file, indent=1)
+            except OSError as error:
+                raise NotWritten(f"{file.name}: {error.strerror}") from error
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Else the interpreter would try to say the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise NotWritten(f"standard output: {error.strerror}") from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Not in main: a test that calls it has signal handlers of its own.
+    _heed_signals()
+    status = main()
+    # All is cleaned up, and it is known how it ended.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)

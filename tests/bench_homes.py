@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 
 from tests import logs
@@ -137,7 +138,9 @@ def start(options: Options) -> Found:
 def _first_answer(options: Options, home: Home) -> float:
     daemon = Daemon(home=home)
     ours, theirs = socket.socketpair()
-    with theirs, Client(ours) as connection:
+    # Its end is that of a `with` whose beginning is measured.
+    with theirs, Client(ours) as connection, ExitStack() as stack:
+        stack.push(daemon)
         # Handed over with the question in it, as a client does that starts a daemon.
         connection.send(protocol.request("hello", HELLO))
         start = time.perf_counter()
@@ -145,7 +148,6 @@ def _first_answer(options: Options, home: Home) -> float:
         theirs.close()
         answer = connection.message()
         seconds = time.perf_counter() - start
-    daemon.stop()
     if answer["result"]["active_runs"] != options.sizes.unfinished:
         raise WrongResult(f"the daemon has taken over {answer['result']['active_runs']} runs")
     return seconds

@@ -9,10 +9,12 @@ Rules
 
 from __future__ import annotations
 
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from tests.daemon import ROOT
@@ -20,6 +22,9 @@ from tests.daemon import ROOT
 # The median of five rounds bears two that were disturbed. Short commands vary more and cost little; of long runs there is
 # time for a few.
 ROUNDS, SHORT_ROUNDS, LONG_ROUNDS = 5, 21, 3
+
+# The longest command, a run of 100,000 steps, takes about a minute. What takes a quarter of an hour takes for ever.
+TIMEOUT_SEC = 900
 
 # Something to measure; it returns its seconds.
 Call = Callable[[], float]
@@ -156,7 +161,7 @@ class Result:
         spread = f"{min(self.values):.2f} to {max(self.values):.2f}" if len(self.values) > 1 else ""
         pair = (self.ours_ms, self.theirs_ms) if self.ours_ms and self.theirs_ms else ()
         times = " / ".join(f"{ms:.0f} ms" if ms >= 10 else f"{ms:.2f} ms" for ms in pair)
-        head = f"{self.case:12} {self.figure:24} {self.median:8.2f} {self.unit:3}"
+        head = f"{self.case:12} {self.figure:37} {self.median:8.2f} {self.unit:3}"
         return f"{head} {spread:18} {self._verdict():18} {times or self.note}".rstrip()
 
     def _verdict(self) -> str:
@@ -198,11 +203,29 @@ def rounds(calls: Mapping[str, Call], count: int, *, warms_up: bool) -> dict[str
 
 
 def timed(command: Sequence[str], environ: Mapping[str, str] | None = None, cwd: str = ROOT) -> tuple[float, str]:
-    """Seconds of a whole process, and what it printed. Raises WrongResult when it fails."""
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    seconds = time.perf_counter() - start
+    """Seconds of a whole process, and what it printed. Raises WrongResult when it fails, or does not end."""
+    with _in_time(command):
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        seconds = time.perf_counter() - start
     if done.returncode != 0:
         last = done.stderr.decode("utf-8", "replace").strip()
         raise WrongResult(f"{' '.join(command)} ended with {done.returncode}: {last}")
     return seconds, done.stdout.decode("utf-8", "replace")
+
+
+@contextmanager
+def _in_time(command: Sequence[str]) -> Iterator[None]:
+    """Raises WrongResult in the midst of a block that has not ended after TIMEOUT_SEC."""
+
+    def end(number: int, frame: object) -> None:
+        raise WrongResult(f"{' '.join(command)} has not ended after {TIMEOUT_SEC} s")
+
+    # Not subprocess's own timeout: with one it looks for the end of the process every now and then, which would be measured.
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, TIMEOUT_SEC)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

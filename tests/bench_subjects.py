@@ -1,6 +1,8 @@
 """What the benchmark runs: graphs of steps, our daemon, and the tools beside it.
 
-Our side checks each run before its time counts: it SUCCEEDED, each step ran once, and the log replays.
+Our side checks each run before its time counts: it SUCCEEDED, by its log each step ran once, and for as long as it had to
+sleep, and the log replays. That commands are really executed, and once, is seen in the output of those that have some, which
+`true` has not: so each graph is run with such ones first.
 """
 
 from __future__ import annotations
@@ -8,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,8 +26,8 @@ from tests.bench_results import WrongResult, timed
 from tests.daemon import ROOT
 from wfctl.client import HELLO
 from wfd import decide, journal
-from wfd.events import Line, StepStarted
-from wfd.paths import Home
+from wfd.events import AttemptExited, Line, StepStarted
+from wfd.paths import Home, parse_attempt_name
 from wfd.state import RunState
 
 PROGRAM = (sys.executable, os.path.join(ROOT, "workflow.py"))
@@ -65,6 +69,12 @@ def loose(count: int, command: str) -> Graph:
     return [Step(f"s{number}", command=command) for number in range(count)]
 
 
+def traced(graph: Graph) -> Graph:
+    """The graph with commands that leave a trace: each says the id of its step. To the engine they are like `true`: plain
+    words, which the shell of the step executes by itself."""
+    return [step._replace(command=f"echo {step.id}") for step in graph]
+
+
 def definition(graph: Graph, parallel: int | None = None) -> dict[str, object]:
     """The graph as a workflow."""
     steps = [{"id": step.id, "command": step.command, "depends_on": list(step.needs)} for step in graph]
@@ -79,6 +89,20 @@ def workflow_file(graph: Graph, parallel: int | None = None) -> str:
 
 
 # -- our side ----------------------------------------------------------------------------------------------------------
+
+
+# What ends the benchmark before its time: Ctrl-C, and `timeout`.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What cleans up is not left half done: a signal that comes meanwhile interrupts what is behind it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Daemon(daemon.Daemon):
@@ -102,7 +126,8 @@ class Daemon(daemon.Daemon):
             if kind is None and self.process is not None:
                 self.stop()
         finally:
-            self.end_all()
+            with uninterrupted():
+                self.end_all()
 
     def interpreter(self) -> list[str]:
         return [*self.before, *super().interpreter()]
@@ -115,17 +140,47 @@ class Daemon(daemon.Daemon):
         seconds, output = timed([*PROGRAM, "run", "-q", path], self.environ)
         return seconds, output.strip()
 
+    def run_traced(self, graph: Graph, parallel: int | None = None) -> None:
+        """Run the graph with commands that leave a trace. Raises WrongResult unless each was executed once."""
+        graph = traced(graph)
+        _, run_id = self.run(workflow_file(graph, parallel))
+        self.check_run(run_id, graph)
+        self.check_traces(run_id, graph)
+
+    def check_traces(self, run_id: str, graph: Graph) -> None:
+        """Raises WrongResult unless each command of a traced graph has said its word once, whatever the log says."""
+        files = self.home.run(run_id)
+        for name in sorted(os.listdir(files.attempts)):
+            _, attempt = parse_attempt_name(name) or (0, 0)
+            if attempt != 1:
+                raise WrongResult(f"run {run_id}: {name} is not a file of the first attempt of a step")
+        for ordinal, step in enumerate(graph, 1):
+            try:
+                with open(files.attempt(ordinal, step.id, 1).out, "rb") as file:
+                    said = file.read()
+            except FileNotFoundError:
+                raise WrongResult(f"run {run_id}: step {step.id} was not executed, it has no output file") from None
+            if said != step.id.encode() + b"\n":
+                raise WrongResult(f"run {run_id}: step {step.id} was not executed exactly once, it said {said[:100]!r}")
+
     def check_run(self, run_id: str, graph: Graph) -> None:
-        """Raises WrongResult unless each step ran once and succeeded, and the log replays."""
+        """Raises WrongResult unless each step ran once, for as long as it had to sleep, and succeeded, and the log
+        replays."""
         with journal.open_log(self.home.run(run_id), run_id) as file:
-            starts: list[str] = []
-            run, difference = decide.replay(_noting(journal.Reading(file, run_id), starts))
+            starts_ms: list[tuple[str, int]] = []
+            ends_ms: list[tuple[str, int]] = []
+            run, difference = decide.replay(_noting(journal.Reading(file, run_id), starts_ms, ends_ms))
         if difference is not None:
             raise WrongResult(f"run {run_id} does not replay: {difference}")
         if run.state is not RunState.SUCCEEDED:
             raise WrongResult(f"run {run_id} is {run.state.value}")
-        if Counter(starts) != Counter(step.id for step in graph):
+        if Counter(id for id, _ in starts_ms) != Counter(step.id for step in graph):
             raise WrongResult(f"run {run_id}: not each of its {len(graph)} steps ran exactly once")
+        start_ms, end_ms = dict(starts_ms), dict(ends_ms)
+        for step in graph:
+            word, _, seconds = step.command.partition(" ")
+            if word == "sleep" and (lasted_ms := end_ms[step.id] - start_ms[step.id]) < float(seconds) * 1000:
+                raise WrongResult(f"run {run_id}: step {step.id} was to sleep for {seconds} s, and took {lasted_ms} ms")
 
     def hello(self) -> dict[str, Any]:
         return self.request("hello", **HELLO)
@@ -146,10 +201,13 @@ class Daemon(daemon.Daemon):
         return self.process.pid
 
 
-def _noting(lines: Iterable[Line], starts: list[str]) -> Iterator[Line]:
+def _noting(lines: Iterable[Line], starts_ms: list[tuple[str, int]], ends_ms: list[tuple[str, int]]) -> Iterator[Line]:
+    """The lines, of which those where an attempt begins or ends are noted: its step, and when."""
     for line in lines:
         if isinstance(line.event, StepStarted):
-            starts.append(line.event.step)
+            starts_ms.append((line.event.step, line.mono_ms))
+        elif isinstance(line.event, AttemptExited):
+            ends_ms.append((line.event.step, line.mono_ms))
         yield line
 
 

@@ -20,9 +20,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
-from tests.bench_results import ROUNDS, Options, WrongResult, ratio, rounds
-from tests.bench_runs import Found
-from tests.bench_subjects import Daemon, definition, fan_out
+from tests.bench_results import ROUNDS, Options, Skipped, WrongResult, ratio, rounds
+from tests.bench_runs import MOST_PARALLEL, Found
+from tests.bench_subjects import Daemon, Graph, Step, definition, fan_out, loose
 from tests.daemon import DEADLINE_SEC, ROOT, until
 from wfd import protocol
 from wfd.events import AttemptExited, RunFinished
@@ -30,26 +30,50 @@ from wfd.events import AttemptExited, RunFinished
 # In so much time a run writes less than a socket holds: nobody who only waits for his turn is a slow reader.
 TICK_SEC = 0.02
 _RECEIVE_BYTES = 1 << 20
+# What the daemon has open beside its watchers' connections: logs, status files, directories that it syncs.
+_OTHER_FILES = 100
 _END = b'"event":"run_finished"'
 
 
 def watchers(options: Options) -> Found:
+    """Nothing has more lines a second than a run of `true`, so it asks the most of a daemon with watchers; one of
+    `sleep 0.1` is more like what people watch."""
     sizes = options.sizes
-    with Daemon() as daemon:
+    quick = fan_out(sizes.steps, until("gate"))
+    behind_gate = [step._replace(needs=("first",)) for step in loose(sizes.sleeps, "sleep 0.1")]
+    slow = [Step("first", command=until("gate")), *behind_gate]
+    if why := _why_no_crowd(sizes.watchers):
+        yield Skipped("watchers", why)
+        return
+    with Daemon("--max-parallel", str(MOST_PARALLEL)) as daemon:
         calls = {
-            "nobody": lambda: _watched_run(daemon, options, 0),
-            "watched": lambda: _watched_run(daemon, options, sizes.watchers),
+            "nobody": lambda: _watched_run(daemon, quick, 16, 0),
+            "watched": lambda: _watched_run(daemon, quick, 16, sizes.watchers),
+            "slow, nobody": lambda: _watched_run(daemon, slow, MOST_PARALLEL, 0),
+            "slow, watched": lambda: _watched_run(daemon, slow, MOST_PARALLEL, sizes.watchers),
         }
         times = rounds(calls, options.rounds or ROUNDS, warms_up=options.warms_up)
-        most = _watched_run(daemon, options, sizes.most_watchers)
-    yield ratio("watchers", "without them", times["watched"], times["nobody"])
+        yield ratio("watchers", "without them", times["watched"], times["nobody"])
+        yield ratio("watchers", "without them, steps of `sleep 0.1`", times["slow, watched"], times["slow, nobody"])
+        if why := _why_no_crowd(sizes.most_watchers):
+            yield Skipped("watchers", why)
+            return
+        most = _watched_run(daemon, quick, 16, sizes.most_watchers)
     # All of whom have seen it all, or we would not be here.
     yield ratio("watchers", "without them, 1,000", [most], times["nobody"][-1:])
 
 
-def _watched_run(daemon: Daemon, options: Options, count: int) -> float:
-    graph, gate = fan_out(options.sizes.steps, until("gate")), f"{daemon.directory}/gate"
-    run_id = daemon.submit(**definition(graph, 16))  # type: ignore[arg-type]
+def _why_no_crowd(count: int) -> str:
+    """The crowd, and the daemon too, has a file open for each watcher."""
+    needed, allowed = count + _OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if allowed == resource.RLIM_INFINITY or allowed >= needed:
+        return ""
+    return f"{count:,} watchers need {needed:,} open files, and no more than {allowed:,} may be"
+
+
+def _watched_run(daemon: Daemon, graph: Graph, parallel: int, count: int) -> float:
+    gate = f"{daemon.directory}/gate"
+    run_id = daemon.submit(**definition(graph, parallel))  # type: ignore[arg-type]
     with _crowd(daemon, run_id, count) if count else nullcontext():
         daemon.touch("gate")
         daemon.wait_for(run_id, "SUCCEEDED")
@@ -65,7 +89,8 @@ def _crowd(daemon: Daemon, run_id: str, count: int) -> Iterator[None]:
     """The other process, from when all its watchers are answered until they have seen the run's end. Raises WrongResult."""
     path = os.path.join(tempfile.mkdtemp(prefix="stream-"), "stream")
     command = [sys.executable, "-m", "tests.bench_watchers", daemon.socket_path, run_id, str(count), path]
-    crowd = subprocess.Popen(command, cwd=ROOT, env=daemon.environ, stdout=subprocess.PIPE)
+    # In a group of its own: a Ctrl-C is for us alone, who end it then.
+    crowd = subprocess.Popen(command, cwd=ROOT, env=daemon.environ, stdout=subprocess.PIPE, process_group=0)
     try:
         assert crowd.stdout is not None
         if crowd.stdout.readline() != b"ready\n":
@@ -106,12 +131,18 @@ def main(socket_path: str, run_id: str, count: str, path: str) -> int:
 
 
 def _watch(socket_path: str, run_id: str) -> tuple[socket.socket, bytes]:
-    """A connection that watches, and what has come behind the answer."""
+    """A connection that watches, and what has come behind the answer. Raises WrongResult, TimeoutError."""
     watcher, received = socket.socket(socket.AF_UNIX), b""
+    # A daemon that may open no more files lets the others wait.
+    watcher.settimeout(DEADLINE_SEC)
     watcher.connect(socket_path)
     watcher.sendall(protocol.request("watch", {"run_id": run_id, "from_seq": 1}))
     while b"\n" not in received:
-        received += watcher.recv(_RECEIVE_BYTES)
+        data = watcher.recv(_RECEIVE_BYTES)
+        if not data:
+            watcher.close()
+            raise WrongResult("the daemon has hung up")
+        received += data
     answer, _, begun = received.partition(b"\n")
     if "result" not in json.loads(answer):
         raise WrongResult(f"the daemon answered {answer!r}")

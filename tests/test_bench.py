@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import json
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import threading
+import time
 import unittest
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from unittest import mock
 
-from tests import bench, bench_profile, bench_runs, bench_watchers, logs
+from tests import bench, bench_profile, bench_results, bench_runs, bench_watchers, logs
 from tests.bench_results import BARS, Options, Result, Sizes, Skipped, WrongResult, rate, ratio, rounds
 from tests.bench_runs import RACES, Race
-from tests.bench_subjects import Daemon, chain, fan_out, layers, loose
+from tests.bench_subjects import Daemon, Graph, chain, fan_out, layers, loose, traced, workflow_file
+from tests.daemon import ROOT, deadline, wait_until
 from wfd.events import StepSucceeded
+from wfd.paths import Home
 
 LITTLE = Sizes(
     fan_out=3, layers=2, layer_steps=2, chain=2, sleeps=2, steps=3, steps_10k=5, steps_100k=4, runs=2, run_steps=4,
     traced_runs=2, finished=3, unfinished=2, watchers=2, most_watchers=3, live_steps=2, settle_sec=0, idle_sec=0.05,
 )  # fmt: skip
+SLOW = "without them, steps of `sleep 0.1`"
 # Cases that are others with other numbers.
 MORE_OF_THE_SAME = frozenset({"fan-out-2", "layers", "layers-2", "sleep", "100k"})
 
@@ -49,6 +64,22 @@ class Cases(LittleTest):
         self.assertEqual({case for case, _ in BARS}, bench.CASES.keys())
         for case, race in RACES.items():
             self.assertIn((case, f"ninja -j{race.parallel}"), BARS)
+
+    def test_where_too_few_files_may_be_open(self) -> None:
+        options = replace(self.options, sizes=replace(LITTLE, most_watchers=1_000))
+        for limit, figures, why in (
+            (1_100, ["without them", SLOW, "without them, 1,000"], []),
+            (1_099, ["without them", SLOW], ["1,000 watchers need 1,100 open files, and no more than 1,099 may be"]),
+            (101, [], ["2 watchers need 102 open files, and no more than 101 may be"]),
+        ):
+            with (
+                self.subTest(limit),
+                mock.patch("resource.getrlimit", return_value=(limit, limit)),
+                mock.patch.object(bench_watchers, "_watched_run", return_value=1.0),
+            ):
+                found = list(bench_watchers.watchers(options))
+            self.assertEqual([each.figure for each in found if isinstance(each, Result)], figures)
+            self.assertEqual([each.why for each in found if isinstance(each, Skipped)], why)
 
     def test_where_nothing_else_is_installed(self) -> None:
         with mock.patch.dict(os.environ, {"PATH": self.options.base}):
@@ -100,13 +131,55 @@ class Wrong(LittleTest):
             "again": (logs.complete(workflow, {"s0": [1]}, "again").data, "not each of its 2 steps ran exactly once"),
             "lost": (lost.data, "not each of its 2 steps ran exactly once"),
         }
+        for run_id, (data, why) in cases.items():
+            self.check_log(data, run_id, chain(2), why)
+
+    def test_a_log_in_which_a_sleep_is_too_short(self) -> None:
+        for run_id, lasted_ms, why in (("slept", 100, ""), ("hasty", 99, "s0 was to sleep for 0.1 s, and took 99 ms")):
+            log = logs.Log(logs.workflow(logs.step("s0", command="sleep 0.1")), run_id).start("s0")
+            log.now_ms += lasted_ms
+            self.check_log(log.exit("s0", 0).data, run_id, loose(1, "sleep 0.1"), why)
+
+    def check_log(self, data: bytes, run_id: str, graph: Graph, why: str) -> None:
+        """why: what is said to be wrong with it, "" when nothing is."""
         daemon = Daemon()
         os.mkdir(daemon.home.directory, 0o700)
-        home = logs.home(daemon.home.directory)
-        for run_id, (data, why) in cases.items():
-            logs.save(home, data, run_id)
-            with self.subTest(run_id), self.assertRaisesRegex(WrongResult, why) if why else contextlib.nullcontext():
-                daemon.check_run(run_id, chain(2))
+        logs.save(logs.home(daemon.home.directory), data, run_id)
+        with self.subTest(run_id), self.assertRaisesRegex(WrongResult, why) if why else contextlib.nullcontext():
+            daemon.check_run(run_id, graph)
+
+    def test_commands_that_are_not_executed_once(self) -> None:
+        graph = traced(chain(2))
+        with Daemon() as daemon:
+            _, run_id = daemon.run(workflow_file(graph))
+        daemon.check_traces(run_id, graph)
+        files = [daemon.home.run(run_id).attempt(ordinal, step.id, 1).out for ordinal, step in enumerate(graph, 1)]
+        for text in ("", "s1", "s0\n", "s1\ns1\n"):
+            with open(files[1], "w", encoding="utf-8") as file:
+                file.write(text)
+            with self.subTest(text), self.assertRaisesRegex(WrongResult, "s1 was not executed exactly once, it said"):
+                daemon.check_traces(run_id, graph)
+        os.unlink(files[1])
+        with self.assertRaisesRegex(WrongResult, "s1 was not executed, it has no output file"):
+            daemon.check_traces(run_id, graph)
+        again = daemon.home.run(run_id).attempt(1, "s0", 2).status
+        with open(again, "w"), self.assertRaisesRegex(WrongResult, r"1-s0\.2\.status is not a file of the first attempt"):
+            daemon.check_traces(run_id, graph)
+
+    def test_no_time_is_taken_before_a_trace_was_seen(self) -> None:
+        cases: dict[str, Callable[[Options], bench_runs.Found]] = {
+            "chain": partial(bench_runs.race, "chain"),
+            "10k": partial(bench_runs.many_steps, "10k"),
+            "runs": bench_runs.many_runs,
+        }
+        for name, case in cases.items():
+            with (
+                self.subTest(name),
+                mock.patch.object(Daemon, "check_traces", side_effect=WrongResult("no trace")),
+                mock.patch.object(bench_runs, "rounds", side_effect=AssertionError("it takes a time")),
+                self.assertRaisesRegex(WrongResult, "no trace"),
+            ):
+                list(case(self.options))
 
     def test_a_watcher_that_sees_something_else(self) -> None:
         stream = bytearray(b"one\ntwo\n")
@@ -114,6 +187,33 @@ class Wrong(LittleTest):
         self.assertEqual(stream, b"one\ntwo\nthree\n")
         with self.assertRaises(WrongResult):
             bench_watchers._take(stream, 4, b"too\n")
+
+    def test_a_daemon_that_hangs_up_on_a_watcher(self) -> None:
+        path = f"{self.options.base}/socket"
+
+        def hang_up() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(1000)
+
+        with deadline(), socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            hangs_up = threading.Thread(target=hang_up)
+            hangs_up.start()
+            with self.assertRaisesRegex(WrongResult, "the daemon has hung up"):
+                bench_watchers._watch(path, "r1")
+            hangs_up.join()
+
+    def test_a_command_that_does_not_end(self) -> None:
+        start = time.monotonic()
+        with (
+            mock.patch.object(bench_results, "TIMEOUT_SEC", 0.05),
+            self.assertRaisesRegex(WrongResult, r"^sh -c .* has not ended after 0\.05 s$"),
+        ):
+            # The second one holds the pipes for as long as it lives, which is not waited for.
+            bench_results.timed(["sh", "-c", "sleep 5 & wait"])
+        self.assertLess(time.monotonic() - start, 4)
+        self.assertEqual(signal.getitimer(signal.ITIMER_REAL), (0, 0))
 
     def test_the_command_ends_with_1(self) -> None:
         def wrong(options: Options) -> bench_runs.Found:
@@ -126,12 +226,25 @@ class Wrong(LittleTest):
             contextlib.redirect_stderr(io.StringIO()) as stderr,
         ):
             self.assertEqual(bench.main(["wrong"]), 1)
-            for arguments in (["unknown"], ["--pairs", "0"], ["--pairs", "-1"], ["--json", "/no/such/file"]):
+            for arguments in (["unknown"], ["--pairs", "0"], ["--pairs", "-1"], ["--json", "/no/such/file"], ["--json", ""]):
                 with self.assertRaises(SystemExit) as caught:
                     bench.main(arguments)
                 self.assertEqual(caught.exception.code, 2)
         self.assertIn("bench: nothing was right\n", stderr.getvalue())
         self.assertIn("/no/such/file: No such file", stderr.getvalue())
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "/dev/full is not here")
+    def test_figures_that_cannot_be_written(self) -> None:
+        with (
+            mock.patch.dict(bench.CASES, {"right": ("", lambda options: iter([Result("idle", "memory", "MB", [17.0])]))}),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()) as stderr,
+        ):
+            self.assertEqual(bench.main(["right", "--json", "/dev/full"]), 1)
+        self.assertEqual(stderr.getvalue(), "bench: /dev/full: No space left on device\n")
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-m", "tests.bench"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, done.stderr), (1, b"bench: standard output: No space left on device\n"))
 
     def test_what_was_measured_before_an_interrupt_is_kept(self) -> None:
         def interrupted(options: Options) -> bench_runs.Found:
@@ -147,6 +260,43 @@ class Wrong(LittleTest):
             self.assertEqual([each["median"] for each in json.load(file)["results"]], [17.0])
 
 
+class Interrupted(unittest.TestCase):
+    def test_no_file_no_daemon_and_no_traceback_is_left(self) -> None:
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            with self.subTest(number.name), tempfile.TemporaryDirectory() as base:
+                command, environ = [sys.executable, "-m", "tests.bench", "sleep"], {**os.environ, "TMPDIR": base}
+                pipe = subprocess.PIPE
+                process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=pipe, stderr=pipe)
+                pid = wait_until(partial(daemon_of, base), "the daemon's start")
+                # Again and again, so in the midst of what the first one has it do, too.
+                while process.poll() is None:
+                    process.send_signal(number)
+                    time.sleep(0.005)
+                # First, so that a daemon that was left is ended here.
+                with self.assertRaises(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                self.assertEqual((process.returncode, process.communicate()[1]), (status, b""))
+                self.assertEqual(os.listdir(base), [])
+
+
+def daemon_of(base: str) -> int:
+    """The pid of the daemon that has its home below this directory, 0 before it says so."""
+    for path in glob.glob(f"{base}/*/*/stderr"):
+        with open(path, encoding="utf-8") as file:
+            if found := re.search("pid ([0-9]+), owns", file.read()):
+                return int(found[1])
+    return 0
+
+
+ROWS = """\
+chain        ninja -j1                                 3.00 x   2.00 to 9.00       bar <= 2 MISSED    300 ms / 100 ms
+log          recovery                                 25.00 %                      bar >= 45 MISSED   400 ms / 100 ms
+idle         wake-ups                                  0.00                        bar <= 0 met
+chain        skipped: make is not installed
+chain        profile: spawn                            0.40 ms                                        52.0%, 1.0 calls
+"""
+
+
 class Table(unittest.TestCase):
     FOUND = (
         ratio("chain", "ninja -j1", [0.2, 0.3, 0.9], [0.1, 0.1, 0.1]),
@@ -157,21 +307,14 @@ class Table(unittest.TestCase):
     )
 
     def test_rows(self) -> None:
-        rows = [each.row() for each in self.FOUND]
-        self.assertEqual(rows, [
-            "chain        ninja -j1                    3.00 x   2.00 to 9.00       bar <= 2 MISSED    300 ms / 100 ms",
-            "log          recovery                    25.00 %                      bar >= 45 MISSED   400 ms / 100 ms",
-            "idle         wake-ups                     0.00                        bar <= 0 met",
-            "chain        skipped: make is not installed",
-            "chain        profile: spawn               0.40 ms                                        52.0%, 1.0 calls",
-        ])  # fmt: skip
+        self.assertEqual([each.row() for each in self.FOUND], ROWS.splitlines())
 
     def test_what_is_printed_and_written(self) -> None:
         with bench.place() as base, contextlib.redirect_stdout(io.StringIO()) as stdout:
             path = f"{base}/figures.json"
-            with open(path, "w+", encoding="utf-8") as file:
+            with open(path, "w", encoding="utf-8") as file:
                 bench.show({"cores": 2}, iter(self.FOUND), file)
-                file.seek(0)
+            with open(path, encoding="utf-8") as file:
                 written = json.load(file)
         self.assertEqual(stdout.getvalue().splitlines(), ["cores:       2", *(each.row() for each in self.FOUND)])
         self.assertEqual(written["machine"], {"cores": 2})
@@ -217,6 +360,13 @@ class Rounds(unittest.TestCase):
             "epoll_pwait(4<anon_inode:[eventpoll]>, [], 7, 0, NULL, 8) = 0\n",
         ])  # fmt: skip
         self.assertEqual(turns, [{"/h/live": 1}, {"/h/runs/r1/events.ndjson": 2}, {}])
+
+    def test_the_log_of_a_run_that_is_created_in_a_turn(self) -> None:
+        new, log, other = (f"/h/runs/{run_id}/events.ndjson" for run_id in (".new-r1", "r1", "r2"))
+        turns = [Counter({other: 5}), Counter({new: 2, log: 1, other: 5}), Counter({log: 4}), Counter[str]()]
+        self.assertEqual(bench_runs.syncs_of_log(turns, Home("/h"), "r1"), (3, [0, 4, 0]))
+        # One that was not created in sight.
+        self.assertEqual(bench_runs.syncs_of_log(turns, Home("/h"), "r2"), (0, [5, 5, 0, 0]))
 
 
 if __name__ == "__main__":
