@@ -17,11 +17,9 @@ The limits below may grow but never shrink, and no check may become stricter: ol
 
 from __future__ import annotations
 
-import graphlib
 import json
 import math
 import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -832,6 +830,8 @@ def _unmet_dependencies(ids: _Ids, depends_on: _Dependencies) -> Iterator[Proble
 
 def _cycles(ids: _Ids, depends_on: _Dependencies) -> list[Problem]:
     """The cycles of the graph, none of which share a step. Steps that depend on themselves are left to the caller."""
+    import graphlib  # As below: most definitions are in order, and whoever reads a log reads one that is.
+
     place = {id: index for index, id in enumerate(ids) if id is not None}
     graph = {
         id: [name for name in depends_on[index] if type(name) is str and name in place and name != id]
@@ -901,6 +901,8 @@ def _closest_of_many(ids: Collection[str]) -> Callable[[str], str | None]:
 
 
 def _window(ordered: list[str], text: str) -> list[str]:
+    from bisect import bisect_left  # Only a bad definition needs it, and start-up time counts.
+
     middle = bisect_left(ordered, text)
     return ordered[max(0, middle - GUESS_WINDOW) : middle + GUESS_WINDOW]
 

@@ -26,7 +26,6 @@ import stat
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 
 from wfd import events
 from wfd.events import Event, InvalidEvent, Line, NewerLog, RunSubmitted
@@ -420,8 +419,10 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
         if fd >= 0:
             os.close(fd)
         # Back, so that whoever kills us now leaves no ruin under the name of a run.
-        with suppress(OSError):
+        try:
             os.rename(files.directory, building.directory)
+        except OSError:
+            pass
         _remove(building)
         unmark_live(home, run_id)
         raise
@@ -443,8 +444,10 @@ def _remove(made: RunFiles) -> None:
     for path, remove in (
         (made.environment, os.unlink), (made.events, os.unlink), (made.attempts, os.rmdir), (made.directory, os.rmdir)
     ):  # fmt: skip
-        with suppress(OSError):
+        try:
             remove(path)
+        except OSError:
+            pass
 
 
 def _building(home: Home, run_id: str) -> RunFiles:
@@ -462,8 +465,10 @@ def recover(home: Home, run_id: str) -> tuple[Journal, Run, int, str | None]:
     run, reading = fold(files, run_id)
     check_owner(run_id, "its directory", os.lstat(files.directory))
     check_attempts(run, attempts_on_disk(files, run_id))
-    with suppress(FileExistsError):
+    try:
         os.mkdir(files.attempts, 0o700)
+    except FileExistsError:
+        pass
     # Whoever made its marker, or created it, may have been killed before the sync: then neither is durable yet.
     mark_live(home, run_id)
     sync_directory(home.live)
@@ -481,8 +486,10 @@ def mark_live(home: Home, run_id: str) -> None:
     # Empty as it is, it is synced: without a journal, ext4 has durable names whose inodes are nowhere, and clears them. And
     # it is made anew each time, since one whose sync has failed before would never be durable.
     made = f"{home.live}/.new-{run_id}"
-    with suppress(FileNotFoundError):
+    try:
         os.unlink(made)
+    except FileNotFoundError:
+        pass
     _write_file(made, b"")
     try:
         os.rename(made, f"{home.live}/{run_id}")
@@ -493,8 +500,10 @@ def mark_live(home: Home, run_id: str) -> None:
 
 def unmark_live(home: Home, run_id: str) -> None:
     """Take a run, whose end is durable, off that list. No fsync and no error: a marker that stays costs one look."""
-    with suppress(OSError):
+    try:
         os.unlink(f"{home.live}/{run_id}")
+    except OSError:
+        pass
 
 
 def attempts_on_disk(files: RunFiles, run_id: str) -> list[str]:
@@ -534,8 +543,10 @@ def _keep_torn_tail(files: RunFiles, file: BinaryIO, reading: Reading) -> str:
 def _copy_to_new_inode(files: RunFiles, source: int, size: int) -> int:
     """The first `size` bytes of the log as a new file in its place, durable; its descriptor, for appending."""
     temporary = files.events + ".new"
-    with suppress(FileNotFoundError):
+    try:
         os.unlink(temporary)
+    except FileNotFoundError:
+        pass
     fd = _create_log(temporary)
     try:
         offset = 0
@@ -551,8 +562,10 @@ def _copy_to_new_inode(files: RunFiles, source: int, size: int) -> int:
     except OSError:
         os.close(fd)
         # On a full disk the room is needed; after the rename there is nothing of this name.
-        with suppress(OSError):
+        try:
             os.unlink(temporary)
+        except OSError:
+            pass
         raise
     return fd
 
