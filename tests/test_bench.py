@@ -268,6 +268,8 @@ class Interrupted(unittest.TestCase):
                 pipe = subprocess.PIPE
                 process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=pipe, stderr=pipe)
                 pid = wait_until(partial(daemon_of, base), "the daemon's start")
+                # Then it waits for a command. A signal in the midst of making a socket would have Python itself complain.
+                wait_until(partial(logs_in, base), "its first run")
                 # Again and again, so in the midst of what the first one has it do, too.
                 while process.poll() is None:
                     process.send_signal(number)
@@ -276,6 +278,11 @@ class Interrupted(unittest.TestCase):
                     os.kill(pid, 0)
                 self.assertEqual((process.returncode, process.communicate()[1]), (status, b""))
                 self.assertEqual(os.listdir(base), [])
+
+
+def logs_in(base: str) -> list[str]:
+    """The logs of all runs below this directory."""
+    return glob.glob(f"{base}/**/runs/*/events.ndjson", recursive=True)
 
 
 def daemon_of(base: str) -> int:

@@ -30,8 +30,8 @@ COUNT = 'echo x >> "ran.$WFD_STEP_ID"; '
 HANGS = "echo began; exec sleep 600"
 # Enough for the reserve, a few logs, and a page for each of two files of some tens of attempts.
 DISK_BYTES = 4 << 20
-# A uid of nobody, so that a limit on its processes counts ours alone.
-OTHER_UID = 54_321
+# A uid of nobody, so that a limit on its processes counts ours alone; nor that of another run of the tests at this moment.
+OTHER_UID = 10_000 + os.getpid() % 50_000
 # What is stalled is tried again after a second. Where the fault stays until the test has seen it, sooner will do.
 HASTY = "import sys; from wfd import supervisor; supervisor.RETRY_MS = 100; from wfd.__main__ import main; "
 # A daemon that may open so many descriptors.
