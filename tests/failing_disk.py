@@ -62,7 +62,8 @@ class FailingDisk(Disk):
 
     def remove(self) -> None:
         super().remove()
-        call("umount", self._backing)
+        # Lazily: the loop device lets go of its file a moment after the ext4 is gone.
+        call("umount", "-l", self._backing)
 
     def fail(self) -> None:
         """From now on."""

@@ -138,6 +138,10 @@ class SimulatedOs:
             kernel.note("fsync fails")
             if isinstance(file.node, File):
                 file.node.fail_to_sync(kernel.chance)
+            for other in kernel.fds.values():
+                # As ext4 whose journal has failed says of all that was to be in the same commit.
+                if isinstance(other.node, File) and other.node.is_dirty:
+                    other.node.is_lying = True
             raise _error(errno.EIO, file.path)
         file.node.sync()
         kernel.on_durable(file.path, file.node)

@@ -541,6 +541,21 @@ class TestInOneProcess(LoopTest):
             self.turn_until(lambda: self.owner.is_done, "the end of all runs")
         self.assertEqual(self.fold(log.run_id).state, "CANCELLED")
 
+    def test_what_was_to_be_in_a_commit_that_failed_is_written_anew(self) -> None:
+        """Two logs are written before the first of them is synced, which fails: what the second sync says proves nothing."""
+        files = [plant(self.home, logs.Log(logs.workflow(), run_id)) for run_id in ("r1", "r2")]
+        with mock.patch.object(process, "start", side_effect=process.SpawnStalled("no")):
+            self.owner.take_over_all()
+            self.turn()
+            inodes = [os.stat(each.events).st_ino for each in files]
+            self.owner.drain()
+            failure = OSError(errno.EIO, "Input/output error")
+            with mock.patch.object(journal, "sync", side_effect=[failure, *[None] * 10]):
+                self.turn()
+        self.assertEqual([self.fold(run_id).state for run_id in ("r1", "r2")], ["RUNNING", "CANCELLED"])
+        first, second = (os.stat(each.events).st_ino for each in files)
+        self.assertEqual((first == inodes[0], second == inodes[1]), (True, False))
+
     def test_memory_that_is_short_refuses_a_request(self) -> None:
         short = mock.Mock(side_effect=MemoryError)
         for when in (mock.patch.dict(requests.METHODS, list=short), mock.patch.object(protocol, "parse_request", short)):

@@ -323,6 +323,14 @@ class Journal:
             raise CommitFailed(error) from error
         self._written += batch
 
+    def write_anew(self) -> None:
+        """What was written is to be written once more, into a new inode: since then a sync of another file has failed, and
+        where the two were to be in one commit of the file system's journal, ours would now succeed with nothing on the disk
+        (ext4: jbd2_complete_transaction waits for no transaction that is gone). `commit` does it."""
+        if self._written:
+            self._pending, self._written = [self._written, *self._pending], b""
+            self._must_move = True
+
     def commit(self) -> bytes:
         """Make the batch durable: one write, if that is not done, and one fsync. Returns its bytes.
 

@@ -157,6 +157,8 @@ class Supervisor:
         self._replies: list[_Reply] = []
         # Runs whose batch of this turn did not become durable.
         self._failed: dict[str, None] = {}
+        # In this turn, since when the batches of the others are written.
+        self._has_sync_failed = False
         self._is_checking_outputs = False
         self._is_reserve_due = False
 
@@ -183,6 +185,7 @@ class Supervisor:
             self._guard(live, self._let_go_if_over)
         self._send_replies()
         self._failed.clear()
+        self._has_sync_failed = False
         self.watchers.feed()
 
     def _wait(self, until_ms: int | None) -> None:
@@ -331,9 +334,12 @@ class Supervisor:
 
     def _commit(self, live: LiveRun) -> None:
         if live.journal.has_pending:
+            if self._has_sync_failed:
+                live.journal.write_anew()
             try:
                 self._commit_batch(live)
             except CommitFailed as error:
+                self._has_sync_failed = True
                 self._after_failed_commit(live, error)
         else:
             self._unstall(live)
