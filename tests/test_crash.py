@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -540,6 +541,19 @@ class TestInOneProcess(LoopTest):
             self.assertEqual(self.fold(log.run_id).state, "RUNNING")
             self.turn_until(lambda: self.owner.is_done, "the end of all runs")
         self.assertEqual(self.fold(log.run_id).state, "CANCELLED")
+
+    def test_who_watches_from_a_line_of_this_very_turn_begins_with_it(self) -> None:
+        plant(self.home, logs.Log(logs.workflow()))
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        with mock.patch.object(process, "start", side_effect=process.SpawnStalled("no")):
+            self.owner.take_over_all()
+            self.owner.server.welcome(theirs)
+            ours.sendall(protocol.request("watch", {"run_id": "r1", "from_seq": 4}))
+            for _ in range(2):
+                self.turn()
+        answer, first = (json.loads(line) for line in ours.recv(100_000).splitlines()[:2])
+        self.assertEqual((answer["result"]["last_seq"], first["params"]["line"]["seq"]), (4, 4))
 
     def test_what_was_to_be_in_a_commit_that_failed_is_written_anew(self) -> None:
         """Two logs are written before the first of them is synced, which fails: what the second sync says proves nothing."""

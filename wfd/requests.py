@@ -291,9 +291,10 @@ def _watch(supervisor: Supervisor, connection: Connection, params: dict[str, obj
     # Whoever is shown all lines checks them himself. The end alone proves nothing.
     if owner is None and (only_end or not _is_long(files)):
         _finished(files, run_id)
-    offset = 0 if only_end else journal.offset_of(files, run_id, from_seq)
 
     def begin() -> dict[str, object]:
+        # Where that is counts now, as the end does: a batch of this very turn may have come between.
+        offset = 0 if only_end else journal.offset_of(files, run_id, from_seq)
         live = supervisor.live.get(run_id)
         if live is not None:
             end, last_seq = live.journal.size, live.journal.durable
