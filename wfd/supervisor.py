@@ -330,6 +330,8 @@ class Supervisor:
             try:
                 live.journal.write()
             except CommitFailed as error:
+                # Moving to a new inode syncs that. (A full disk refuses the write, and says nothing about the others.)
+                self._has_sync_failed = self._has_sync_failed or error.errno not in _DISK_FULL
                 self._after_failed_commit(live, error)
 
     def _commit(self, live: LiveRun) -> None:
