@@ -574,12 +574,8 @@ class TestInOneProcess(LoopTest):
         short = mock.Mock(side_effect=MemoryError)
         for when in (mock.patch.dict(requests.METHODS, list=short), mock.patch.object(protocol, "parse_request", short)):
             with self.subTest(when=when), when:
-                ours, theirs = socket.socketpair()
-                self.addCleanup(ours.close)
-                self.owner.server.welcome(theirs)
-                ours.sendall(protocol.request("list", {}))
-                self.turn()
-                self.assertIn(b"the system refuses: Cannot allocate memory", ours.recv(1000))
+                problem = self.ask(self.owner, "list")["error"]
+                self.assertIn("the system refuses: Cannot allocate memory", problem["message"])
 
     def test_memory_that_is_short_stalls_a_run(self) -> None:
         log = logs.Log(logs.workflow(logs.step("a", cwd="/")))

@@ -768,7 +768,6 @@ class TestFeeding(unittest.TestCase):
         first, second = (protocol.notifications("r", b"%d\n%d\n" % seqs) for seqs in ((1, 2), (3, 4)))
         self.assertEqual(sent, [("all", first), ("all", second), ("end", protocol.notifications("r", b"4\n"))])
 
-
     def test_who_is_behind_is_sent_all_in_order(self) -> None:
         """What is committed meanwhile waits until it has caught up."""
         log = logs.complete(logs.workflow(*(logs.step(f"s{number}") for number in range(9))))

@@ -97,7 +97,8 @@ def current_home() -> Home:
 
 
 class Connection:
-    """One conversation with the daemon. `owner` is how messages call it; it has `answer_sec` for each answer."""
+    """One conversation with the daemon. `owner` is how messages call it; it has `answer_sec` for each answer. `greeting` is
+    what it has said of itself, if it was greeted."""
 
     def __init__(self, sock: socket.socket, owner: str, answer_sec: float = ANSWER_DEADLINE_SEC) -> None:
         self._socket = sock
@@ -105,6 +106,7 @@ class Connection:
         self._answer_sec = answer_sec
         self._received = bytearray()
         self._searched = 0
+        self.greeting: dict[str, object] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -214,7 +216,7 @@ def connect(home: Home, answer_sec: float | None = None) -> Connection | None:
         if sock is not None:
             connection = Connection(sock, owner, answer_sec)
             try:
-                connection.ask("hello", HELLO)
+                connection.greeting = connection.ask("hello", HELLO)
             except Gone:
                 connection.close()
                 continue
@@ -308,23 +310,21 @@ def ignore(text: str) -> None:
 
 
 def ask(
-    home: Home, method: str, params: dict[str, object], say: Callable[[str], None] = ignore, answer_sec: float | None = None
+    home: Home, method: str, params: dict[str, object], say: Callable[[str], None] = ignore
 ) -> dict[str, object] | None:
     """The answer of the daemon, or None when none answers; `say` is told when there is one that is silent. Starts
-    nothing. It has `answer_sec`, by default QUESTION_DEADLINE_SEC."""
+    nothing."""
     try:
-        return question(home, method, params, answer_sec)
+        return question(home, method, params)
     except Silent as error:
         say(str(error))
         return None
 
 
-def question(
-    home: Home, method: str, params: dict[str, object], answer_sec: float | None = None
-) -> dict[str, object] | None:
+def question(home: Home, method: str, params: dict[str, object]) -> dict[str, object] | None:
     """As `ask`, but a daemon that is silent is not one that is not there: raises Silent."""
     try:
-        connection = connect(home, QUESTION_DEADLINE_SEC if answer_sec is None else answer_sec)
+        connection = connect(home, QUESTION_DEADLINE_SEC)
         if connection is None:
             return None
         with connection:
@@ -486,10 +486,9 @@ def stop_daemon(home: Home, cancel_runs: bool) -> bool:
     connection = find(home)
     if connection is None:
         return False
-    pid: object = None
+    pid = connection.greeting.get("pid")
     with connection:
         try:
-            pid = connection.ask("hello", HELLO)["pid"]
             connection.ask("shutdown", {"cancel_runs": cancel_runs})
             while connection.receive(None) is not None:
                 pass
@@ -507,11 +506,8 @@ def hello(home: Home) -> dict[str, object] | None:
     connection = find(home, QUESTION_DEADLINE_SEC)
     if connection is None:
         return None
-    try:
-        with connection:
-            return connection.ask("hello", HELLO)
-    except Gone:
-        return None
+    with connection:
+        return connection.greeting
 
 
 def find(home: Home, answer_sec: float | None = None) -> Connection | None:
@@ -564,14 +560,12 @@ def resolve(home: Home, text: str) -> str:
         raise
 
 
-def status(
-    home: Home, run_id: str, say: Callable[[str], None] = ignore, answer_sec: float | None = None
-) -> dict[str, object]:
+def status(home: Home, run_id: str, say: Callable[[str], None] = ignore) -> dict[str, object]:
     """The run's state as `status --json` prints it, from the daemon or else from the log ("source" tells which; `say`
     is told when there is a daemon that is silent). Raises NoSuchRun, RunDamaged, DaemonUnavailable."""
     stalled = None
     try:
-        found = ask(home, "status", {"run_id": run_id}, say, answer_sec)
+        found = ask(home, "status", {"run_id": run_id}, say)
     except ReadTheLog:
         found = None
     except Refused as error:

@@ -157,7 +157,7 @@ class Supervisor:
         self._replies: list[_Reply] = []
         # Runs whose batch of this turn did not become durable.
         self._failed: dict[str, None] = {}
-        # In this turn, since when the batches of the others are written.
+        # In this turn. What other logs had written by then may not be on the disk, though their own sync succeeds.
         self._has_sync_failed = False
         self._is_checking_outputs = False
         self._is_reserve_due = False
