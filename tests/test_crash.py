@@ -17,7 +17,7 @@ import subprocess
 import sys
 import unittest
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -570,6 +570,43 @@ class TestInOneProcess(LoopTest):
         first, second = (os.stat(each.events).st_ino for each in files)
         self.assertEqual((first == inodes[0], second == inodes[1]), (True, False))
 
+    def test_what_was_to_be_in_the_commit_of_a_second_try_is_written_anew(self) -> None:
+        """The second of two logs finds no room, gets that of the reserve, and then it is its sync that fails."""
+        files = [plant(self.home, logs.Log(logs.workflow(), run_id)) for run_id in ("r1", "r2")]
+        self.owner.make_reserve()
+        with mock.patch.object(process, "start", side_effect=process.SpawnStalled("no")):
+            self.owner.take_over_all()
+            self.turn()
+            inodes = [os.stat(each.events).st_ino for each in files]
+            self.owner.drain()
+            with (
+                full_disk(write_of="r2"),
+                mock.patch.object(journal, "sync", side_effect=[OSError(errno.EIO, "Input/output error"), *[None] * 10]),
+            ):
+                self.turn()
+        self.assertEqual([self.fold(run_id).state for run_id in ("r1", "r2")], ["CANCELLING", "RUNNING"])
+        first, second = (os.stat(each.events).st_ino for each in files)
+        self.assertEqual((first == inodes[0], second == inodes[1]), (False, True))
+
+    def test_a_retry_whose_write_failed_is_refused_though_the_run_is_cancelled_in_the_same_turn(self) -> None:
+        """A cancel is tried twice on a full disk; but here there is nothing to cancel without the retry."""
+        log = logs.complete(logs.workflow(), {"a": [1]})
+        plant(self.home, log)
+        journal.unmark_live(self.home, log.run_id)
+        self.owner.make_reserve()
+        clients = []
+        for method in ("retry", "cancel"):
+            ours, theirs = socket.socketpair()
+            self.addCleanup(ours.close)
+            self.owner.server.welcome(theirs)
+            ours.sendall(protocol.request(method, {"run_id": log.run_id, "request": method}))
+            clients.append(ours)
+        with full_disk(write_of=log.run_id):
+            self.turn()
+        for client in clients:
+            self.assertEqual(json.loads(client.recv(100_000)).get("error", {}).get("code"), protocol.STALLED)
+        self.assertEqual(journal.last_line(self.home.run(log.run_id), log.run_id), log.lines[-1])
+
     def test_memory_that_is_short_refuses_a_request(self) -> None:
         short = mock.Mock(side_effect=MemoryError)
         for when in (mock.patch.dict(requests.METHODS, list=short), mock.patch.object(protocol, "parse_request", short)):
@@ -659,6 +696,21 @@ class TestTakeOver(LoopTest):
                 loop.take_over_all()
                 self.assertEqual(self.ask(loop, "status", run_id=log.run_id)["error"]["code"], protocol.STALLED)
             self.assertEqual(self.ask(loop, "status", run_id=log.run_id)["result"]["state"], "SUCCEEDED")
+
+
+def full_disk(write_of: str) -> AbstractContextManager[object]:
+    """The next batch of this run finds no room; later ones do."""
+    write = journal.Journal._write
+    is_full = True
+
+    def refuse_once(self: journal.Journal, batch: bytes) -> None:
+        nonlocal is_full
+        if is_full and self.run_id == write_of:
+            is_full = False
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, batch)
+
+    return mock.patch.object(journal.Journal, "_write", refuse_once)
 
 
 def plant(home: Home, log: logs.Log) -> RunFiles:

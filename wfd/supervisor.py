@@ -330,8 +330,8 @@ class Supervisor:
             try:
                 live.journal.write()
             except CommitFailed as error:
-                # Moving to a new inode syncs that. (A full disk refuses the write, and says nothing about the others.)
-                self._has_sync_failed = self._has_sync_failed or error.errno not in _DISK_FULL
+                # Moving to a new inode syncs that.
+                self._note_failed_sync(error)
                 self._after_failed_commit(live, error)
 
     def _commit(self, live: LiveRun) -> None:
@@ -361,9 +361,14 @@ class Supervisor:
         self._unstall(live)
         self.watchers.committed(Batch(live.run.run_id, start, batch, is_end=live.run.is_over))
 
+    def _note_failed_sync(self, error: CommitFailed) -> None:
+        """(A full disk refuses the write, and says nothing about the other logs.)"""
+        self._has_sync_failed = self._has_sync_failed or error.errno not in _DISK_FULL
+
     def _after_failed_commit(self, live: LiveRun, error: CommitFailed) -> None:
         """The batch is gone: take the state from the disk. A cancel gets a second try in the room of the reserve."""
-        request = live.cancel_request
+        # Not if a retry is gone with it: then the run is over again, and both are to hear that.
+        request = live.cancel_request if live.retry_request is None else None
         self._refold(live)
         is_ending = request is not None or live.run.is_stopping
         if is_ending and self.give_up_reserve(error) and request is not None:
@@ -372,6 +377,7 @@ class Supervisor:
                 self._commit_batch(live)
                 return
             except CommitFailed as again:
+                self._note_failed_sync(again)
                 error = again
                 self._refold(live)
         self._failed[live.run.run_id] = None
