@@ -28,7 +28,7 @@ from tests.loop import LoopTest
 from tests.test_orphans import ARE_FOUND
 from tests.torn import CutLog, CutStatus, read_log, remove_attempts, status_of, write_log
 from wfd import decide, journal, process, protocol, requests, supervisor
-from wfd.events import StepStarted, SupervisorStarted
+from wfd.events import AttemptExited, StepStarted, SupervisorStarted
 from wfd.journal import Damaged
 from wfd.paths import Home, RunFiles
 from wfd.state import Run
@@ -541,6 +541,19 @@ class TestInOneProcess(LoopTest):
             self.assertEqual(self.fold(log.run_id).state, "RUNNING")
             self.turn_until(lambda: self.owner.is_done, "the end of all runs")
         self.assertEqual(self.fold(log.run_id).state, "CANCELLED")
+
+    def test_a_cancel_of_a_run_whose_end_is_still_owed(self) -> None:
+        """A crash tore off all that followed from the last exit, and the next daemon could not write it at first."""
+        log = logs.Log(logs.workflow()).start("a")
+        log.put(AttemptExited("a", 1, 0))
+        plant(self.home, log)
+        self.owner.take_over_all()
+        with mock.patch.object(journal, "sync", side_effect=OSError(errno.EIO, "Input/output error")):
+            self.turn()
+        self.assertEqual(self.fold(log.run_id).state, "RUNNING")
+        answer = self.ask(self.owner, "cancel", run_id=log.run_id, request="q")
+        self.assertEqual(answer["result"], {"run_id": log.run_id, "state": "SUCCEEDED"})
+        self.assertEqual(self.fold(log.run_id).state, "SUCCEEDED")
 
     def test_who_watches_from_a_line_of_this_very_turn_begins_with_it(self) -> None:
         plant(self.home, logs.Log(logs.workflow()))

@@ -583,6 +583,14 @@ class FailedCommits(OnDisk):
             self.assertRaises(CommitFailed, log.commit)
         self.assert_undone_and_going_on(log, committed)
 
+    def test_what_is_to_be_written_anew_and_cannot_be_lies_nowhere(self) -> None:
+        log, committed = self.begin()
+        log.write()
+        log.write_anew()
+        with sync_that(fail):
+            self.assertRaises(CommitFailed, log.commit)
+        self.assert_undone_and_going_on(log, committed)
+
     def test_a_file_that_may_not_grow(self) -> None:
         """A real short write: the kernel takes part of the batch and then refuses."""
         log = self.create()

@@ -329,6 +329,8 @@ class Journal:
         (ext4: jbd2_complete_transaction waits for no transaction that is gone). `commit` does it."""
         if self._written:
             self._pending, self._written = [self._written, *self._pending], b""
+            # Where it lies now, the next daemon would believe it, and so would readers, should the move fail.
+            self._cut_back()
             self._must_move = True
 
     def commit(self) -> bytes:

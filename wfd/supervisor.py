@@ -306,7 +306,9 @@ class Supervisor:
             live.cancel_request = request
             if not live.is_in_session:
                 self._begin_session(live)
-            self.write_fact(live, RunCancelRequested(request))
+            # What was still owed may have been its end.
+            if not live.run.is_over:
+                self.write_fact(live, RunCancelRequested(request))
 
     def drain(self) -> None:
         """Cancel every run, those that are waiting to be taken over as soon as they are, and start nothing more."""
