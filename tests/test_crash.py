@@ -699,6 +699,27 @@ class TestTakeOver(LoopTest):
                 names = [line.event.name for line in journal.Reading(file, log.run_id)]
             self.assertEqual("attempt_timed_out" in names, is_over, after_ms)
 
+    def test_what_was_promised_waits_for_what_has_its_place(self) -> None:
+        """Both are RUNNING: what had made room for the second could not be written, and then the daemon was killed."""
+        for run_id in ("r1", "r2"):
+            files = plant(self.home, logs.Log(logs.workflow(logs.step("a", cwd="/")), run_id).start("a"))
+        write_status(files, 1, "a", "status 1\npid 99999999\n")
+        loop = self.loop(max_parallel=1)
+        self.enterContext(mock.patch.multiple(supervisor, log=mock.DEFAULT, RETRY_MS=10))
+        start = self.enterContext(mock.patch.object(process, "start", wraps=process.start))
+        with open(files.attempt(1, "a", 1).status, "rb") as shim:
+            fcntl.flock(shim, fcntl.LOCK_EX)
+            loop.take_over_all()
+            for _ in range(20):
+                loop.turn(loop.now_ms + 5)
+            why = self.ask(loop, "status", run_id="r1")["result"]["stalled"]
+            self.assertEqual(why, "step 'a' cannot be started: the daemon's limit of 1 running steps is reached")
+            start.assert_not_called()
+        while loop.live:
+            loop.turn(loop.now_ms + 5)
+        attempts = [journal.fold(self.home.run(run_id), run_id)[0].steps[0].attempt for run_id in ("r1", "r2")]
+        self.assertEqual(attempts, [1, 2])
+
     def test_an_end_that_may_not_be_durable_is_not_told(self) -> None:
         """It was read from a log that nobody could take over, which would have made it durable."""
         log = logs.complete(logs.workflow())

@@ -502,6 +502,8 @@ class Supervisor:
         live = LiveRun(run, log_, environment)
         live.torn_bytes, live.kept_as, live.retry_request = torn_bytes, kept_as, retry_request
         self._own(live)
+        live.slots = len(run.running)
+        self._running += live.slots
         for index in run.running:
             # Where the log has the attempt's end already, only the decision on it was torn off.
             if run.steps[index].outcome is None:
@@ -624,6 +626,11 @@ class Supervisor:
         """Give a RUNNING step its process."""
         if live.retry_at_ms is not None:
             return
+        if self._running > self.max_parallel and self._living() >= self.max_parallel:
+            # Another run's step has its place: what had made room for that was not written when a crash came, or the limit
+            # of this daemon is lower than that of the one before.
+            self._stall_spawn(live, record, f"the daemon's limit of {self.max_parallel} running steps is reached")
+            return
         run, step = live.run, record.step
         files, marks = self._files(live, record), self._marks(live, record)
         environ = live.environ | process.environment(step.env) | marks
@@ -651,6 +658,9 @@ class Supervisor:
         self._children[begun] = (live, record.index, attempt)
         self._arm_attempt(live, record, attempt)
         self._check_outputs_in(OUTPUT_SOON_MS)
+
+    def _living(self) -> int:
+        return sum(attempt.phase != "over" for live in self.live.values() for attempt in live.attempts.values())
 
     def _marks(self, live: LiveRun, record: StepRecord) -> dict[bytes, bytes]:
         return process.markers(live.run.workflow.workflow_id, live.run.run_id, record.step.id, record.attempt)
