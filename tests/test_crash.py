@@ -715,8 +715,12 @@ class TestTakeOver(LoopTest):
             why = self.ask(loop, "status", run_id="r1")["result"]["stalled"]
             self.assertEqual(why, "step 'a' cannot be started: the daemon's limit of 1 running steps is reached")
             start.assert_not_called()
-        while loop.live:
+
+        def are_over() -> bool:
             loop.turn(loop.now_ms + 5)
+            return not loop.live
+
+        wait_until(are_over, "the end of both")
         attempts = [journal.fold(self.home.run(run_id), run_id)[0].steps[0].attempt for run_id in ("r1", "r2")]
         self.assertEqual(attempts, [1, 2])
 
