@@ -204,8 +204,10 @@ class Fixed(Orphans):
     def __init__(self, members: list[int], others: list[int]) -> None:
         super().__init__(())
         self.found = members, others
+        self.groups: list[int | None] = []
 
     def of(self, group: int | None, marks: object) -> tuple[list[int], list[int]]:
+        self.groups.append(group)
         return self.found
 
 
@@ -234,6 +236,18 @@ class Ending(unittest.TestCase):
             sent = [call.args for call in kill.call_args_list]
             self.assertEqual(sent.count((pid, number)), 1 if in_grace else 2)
             self.assertEqual({kind for _, kind in sent} - {0, signal.SIGCONT}, {number})
+
+    def test_a_group_that_is_gone_while_others_stay_has_no_number_any_more(self) -> None:
+        gone = self.spawn()
+        orphans = Fixed([], [self.spawn().pid])
+        attempt = self.attempt(orphans)
+        attempt.pid = gone.pid
+        attempt.look(0, in_grace=True)
+        gone.kill()
+        gone.wait()
+        attempt.look(0, in_grace=True)
+        attempt.look(0, in_grace=True)
+        self.assertEqual(orphans.groups, [gone.pid, gone.pid, None])
 
     def test_it_is_over_when_nothing_is_found(self) -> None:
         self.assertIsNone(self.attempt(Fixed([], [])).look(0, in_grace=False))

@@ -105,7 +105,7 @@ class Bench:
         pid = attempt.pid
         exit = wait_until(lambda: process.reap(pid), "the shim's end")
         assert exit is not None
-        attempt.reaped(exit)
+        attempt.reaped(exit, 0)
         return exit
 
     def sweep(self, attempt: Attempt, *, in_grace: bool = False, is_ending: bool = False) -> Outcome:
@@ -571,6 +571,26 @@ class TestSignals(unittest.TestCase):
                 self.assertTrue(machine.group_members(attempt.pid))
                 wait_until(lambda: adopted.look(later_ms, in_grace=False) is None, "the end of the group")  # noqa: B023
                 self.assertEqual(machine.group_members(attempt.pid) == [], is_ended)
+
+    def test_a_group_that_nobody_has_looked_at_for_long_is_known_by_its_marks_alone(self) -> None:
+        for later_ms, is_known in ((process.GROUP_STAYS_MS, True), (process.GROUP_STAYS_MS + 1, False)):
+            with self.subTest(later_ms=later_ms), mock.patch.object(process, "signal_group") as signal_group:
+                bench = Bench(self)
+                attempt = Attempt(1, bench.launch("true").files, bench.marks(1), os.getpgid(0), 0, True)
+                attempt.reaped(process.Exit(os.getpgid(0), 0, process.Usage(0, 0, 0)), 0)
+                self.assertEqual(attempt.look(later_ms, in_grace=False) is not None, is_known)
+                self.assertEqual(mock.call(os.getpgid(0), signal.SIGKILL) in signal_group.call_args_list, is_known)
+
+    def test_a_group_is_not_looked_at_again_when_it_is_gone(self) -> None:
+        """What keeps an attempt from being settled may last for long, and then its number may be another's."""
+        bench = Bench(self)
+        attempt = bench.start(bench.launch("true"))
+        bench.reap(attempt)
+        wait_until(lambda: attempt.look(0, in_grace=False) is None, "the end of the group")
+        attempt.pid = os.getpgid(0)
+        with mock.patch.object(process, "signal_group") as signal_group:
+            self.assertIsNone(attempt.look(1, in_grace=False))
+        signal_group.assert_not_called()
 
     def test_a_shim_of_ours_is_signalled_by_its_own_number(self) -> None:
         bench = Bench(self)

@@ -186,7 +186,7 @@ class SimulatedProcesses(unittest.TestCase):
                 process.signal_group(pid, signal.SIGKILL)
                 exit = process.reap(pid)
                 assert exit is not None
-                attempt.reaped(exit)
+                attempt.reaped(exit, 0)
             stage.until(lambda: attempt.look(0, in_grace=False) is None)
             attempt.settle(is_ending=act in ("term", "kill"), rebooted=False)
             outcome = attempt.outcome

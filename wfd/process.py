@@ -433,12 +433,13 @@ class Attempt:
 
     pid        the shim's, and its group's number; None while an adopted shim has not written it yet
     is_child   spawned by this daemon, which reaps it; else its lock is looked at
-    phase      "alive" (the lock is held), "sweeping" (the shim is gone, its group may have members), "over"
+    phase      "alive" (the lock is held), "sweeping" (the shim is gone, its group may have members), "swept" (nothing of it
+               is alive), "over"
     is_cut     its output has been cut back to the limit
     """
 
-    __slots__ = ("_delay_ms", "_known_ms", "_marks", "_orphans", "_orphans_told", "exit", "files", "is_child", "is_cut",
-                 "is_term_sent", "number", "outcome", "phase", "pid", "since_ms")  # fmt: skip
+    __slots__ = ("_delay_ms", "_is_group_gone", "_known_ms", "_marks", "_orphans", "_orphans_told", "exit", "files",
+                 "is_child", "is_cut", "is_term_sent", "number", "outcome", "phase", "pid", "since_ms")  # fmt: skip
 
     def __init__(
         self, number: int, files: AttemptFiles, marks: Mapping[bytes, bytes], pid: int | None, since_ms: int, is_child: bool,
@@ -458,8 +459,9 @@ class Attempt:
         self._orphans = orphans
         self._orphans_told: frozenset[int] = frozenset()
         self._delay_ms = SWEEP_FIRST_MS
-        # When an adopted shim's group was last known to be its own.
+        # When the group was last known to be its own.
         self._known_ms: int | None = None
+        self._is_group_gone = False
 
     def signal(self, number: int) -> bool:
         """Signal the group of a living attempt; False when that could not be done (any more, or yet). The number of an
@@ -484,14 +486,18 @@ class Attempt:
         self.pid = status.pid
         return True
 
-    def reaped(self, exit: Exit) -> None:
-        """Its shim, our child, is dead."""
+    def reaped(self, exit: Exit, now_ms: int) -> None:
+        """Its shim, our child, is dead. now_ms: the monotonic clock."""
         self.exit = exit
+        self._known_ms = now_ms
         self.phase = "sweeping"
 
     def look(self, now_ms: int, *, in_grace: bool) -> int | None:
         """Has it ended? Kills what its dead shim has left behind, unless in_grace. now_ms: the monotonic clock. Returns in
         how many ms to look again, None when nothing of it is found alive. Raises OSError."""
+        if self.phase == "swept":
+            # It could not be settled, for want of something. Meanwhile its numbers may have become somebody else's.
+            return None
         if self.phase == "alive":
             status = probe(self.files)
             self.pid = status.pid or self.pid
@@ -508,6 +514,7 @@ class Attempt:
         is_listed = self.is_child and self._orphans is not None and self._orphans.are_kept
         is_group_left = not is_listed and self._end_group(now_ms, in_grace=in_grace)
         if not self._end_orphans(in_grace=in_grace) and not is_group_left:
+            self.phase = "swept"
             return None
         delay_ms, self._delay_ms = self._delay_ms, min(self._delay_ms * 2, SWEEP_MAX_MS)
         return delay_ms
@@ -516,8 +523,8 @@ class Attempt:
         """Has the group of the dead shim a live member? Kills it, unless in_grace."""
         if self.pid is None or not group_exists(self.pid):
             return False
-        is_known = self.is_child or (self._known_ms is not None and now_ms - self._known_ms <= GROUP_STAYS_MS)
-        if self.is_child and self._delay_ms < SWEEP_SCAN_FROM_MS:
+        is_known = self._known_ms is not None and now_ms - self._known_ms <= GROUP_STAYS_MS
+        if is_known and self.is_child and self._delay_ms < SWEEP_SCAN_FROM_MS:
             members = [self.pid]
         else:
             members = machine.group_members(self.pid, None if is_known else self._marks)
@@ -538,11 +545,14 @@ class Attempt:
         group, once: the others had theirs."""
         if self._orphans is None:
             return False
-        found = self._orphans.of(self.pid, self._marks)
+        found = self._orphans.of(None if self._is_group_gone else self.pid, self._marks)
         if found is None:
             return True
         members, others = found
         are_left = bool(members)
+        if others and self.phase == "sweeping" and self.pid is not None and not group_exists(self.pid):
+            # They may stay for long. A group of this number is then another's, perhaps that of a step of ours.
+            self._is_group_gone = True
         if members and self.pid is not None and not in_grace:
             signal_group(self.pid, signal.SIGKILL)
         for pid in others:

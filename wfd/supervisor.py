@@ -742,7 +742,7 @@ class Supervisor:
             has_reaped = True
             live, index, attempt = self._children.pop(exit_.pid, (None, -1, None))
             if live is not None and attempt is not None:
-                attempt.reaped(exit_)
+                attempt.reaped(exit_, self.now_ms)
                 ended.append((live, index, attempt))
             else:
                 self._orphans.forget(exit_.pid)
