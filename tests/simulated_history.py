@@ -39,6 +39,8 @@ _PATIENCE_MS = 300_000
 _MAX_TURNS = 4_000
 # Of crashes anywhere, and of those in the middle of a write: together about a third.
 _POWER_CUTS, _POWER_CUTS_IN_WRITES = 0.2, 0.6
+# Of the histories. They cost three times as much as others, and find what those would find once in millions.
+_STORMS = 0.06
 _ENVIRONMENT = {"env": {"HOME": "/home/u"}, "umask": 18, "limits": {}}
 
 
@@ -212,6 +214,28 @@ class History(World):
         if chance.hit(0.08):
             params: dict[str, object] = {"cancel_runs": True} if chance.hit(0.5) else {}
             kernel.after(chance.below(horizon_ms), lambda: self._call("shutdown", "shutdown", params, 0))
+        # Drawn apart, as the escapes are.
+        if Chance(self.seed + (2 << 40)).hit(_STORMS):
+            self._brew_storm(horizon_ms)
+
+    def _brew_storm(self, horizon_ms: int) -> None:
+        """All that is rare at once: several runs, and the next misfortune where the last one has left something undone."""
+        chance, kernel = self.chance, self.kernel
+        for number in range(len(self.ledgers) + 1, len(self.ledgers) + chance.between(1, 3)):
+            self._add_run(f"r{number}", _definition(chance), chance.below(300))
+        for run_id in self.ledgers:
+            for number in range(chance.below(3)):
+                for method in ("cancel", "retry"):
+                    request: dict[str, object] = {"run_id": run_id, "request": f"{method}-in-the-storm-{number}"}
+                    self._call(f"{method} {run_id}", method, request, chance.below(2_500))
+        for _ in range(chance.below(5)):
+            self._window(horizon_ms, self._fill_disk, self._free_disk)
+        for _ in range(chance.below(6)):
+            kernel.after(chance.below(horizon_ms), lambda: setattr(kernel, "fails_to_sync", chance.between(1, 2)))
+        for shortage in ("has_no_descriptors", "has_no_processes"):
+            for _ in range(chance.pick((0, 0, 1, 3))):
+                self._window(horizon_ms, *_switch(kernel, shortage))
+        self._crashes_left += chance.below(4)
 
     def _window(self, horizon_ms: int, begin: Any, end: Any) -> None:
         start_ms = self.chance.below(horizon_ms)
