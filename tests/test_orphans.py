@@ -241,12 +241,13 @@ class Ending(unittest.TestCase):
         gone = self.spawn()
         orphans = Fixed([], [self.spawn().pid])
         attempt = self.attempt(orphans)
-        attempt.pid = gone.pid
+        attempt.pid, attempt.is_child = gone.pid, True
+        attempt.reaped(process.Exit(gone.pid, 0, process.Usage(0, 0, 0)), 0)
         attempt.look(0, in_grace=True)
         gone.kill()
         gone.wait()
-        attempt.look(0, in_grace=True)
-        attempt.look(0, in_grace=True)
+        attempt.look(process.GROUP_STAYS_MS, in_grace=True)
+        attempt.look(process.GROUP_STAYS_MS + 1, in_grace=True)
         self.assertEqual(orphans.groups, [gone.pid, gone.pid, None])
 
     def test_it_is_over_when_nothing_is_found(self) -> None:

@@ -754,7 +754,7 @@ class TestFeeding(unittest.TestCase):
         watchers = Watchers(Home("/nowhere"), server)
 
         def add(name: str, end: int, only_end: bool) -> None:
-            connection = mock.Mock(is_full=False, outbox=b"")
+            connection = mock.Mock(is_full=False, is_closed=False, outbox=b"")
             connection.name = name
             watchers.add(connection, "r", 0, end, only_end=only_end)
 
@@ -776,7 +776,7 @@ class TestFeeding(unittest.TestCase):
         sent: list[bytes] = []
         watchers = Watchers(place, mock.Mock(is_crowded=False, send=lambda to, data: sent.append(data)))
         half, *ends = logs.line_ends(log.data)[len(log.lines) // 2 :]
-        watchers.add(mock.Mock(is_full=False, outbox=b""), log.run_id, 0, half, only_end=False)
+        watchers.add(mock.Mock(is_full=False, is_closed=False, outbox=b""), log.run_id, 0, half, only_end=False)
         with mock.patch("wfd.watchers.FEED_BYTES", 500):
             for start, end in itertools.pairwise([half, *ends]):
                 watchers.committed(Batch(log.run_id, start, log.data[start:end], is_end=end == len(log.data)))

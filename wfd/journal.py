@@ -66,12 +66,18 @@ class Newer(Damaged):
     words = ""
 
 
-class CommitFailed(Exception):
-    """A batch did not become durable. It has been discarded; the log ends where it ended before."""
+class SyncFailed(OSError):
+    """What was written is not durable, nor may be what other files were to have in the same commit of the file system."""
 
-    def __init__(self, error: OSError) -> None:
-        super().__init__(error.strerror or str(error))
-        self.errno = error.errno
+
+class CommitFailed(Exception):
+    """A batch did not become durable. It has been discarded; the log ends where it ended before. is_of_sync: it was a sync
+    that failed."""
+
+    def __init__(self, error: OSError | MemoryError) -> None:
+        self.errno = error.errno if isinstance(error, OSError) else errno.ENOMEM
+        super().__init__((isinstance(error, OSError) and error.strerror) or os.strerror(self.errno or errno.EIO))
+        self.is_of_sync = isinstance(error, SyncFailed)
 
 
 def sync(fd: int) -> None:
@@ -94,6 +100,15 @@ def sync_directory(path: str) -> None:
         sync(fd)
     finally:
         os.close(fd)
+
+
+def exists(path: str) -> bool:
+    """Is anything of this name there? os.path.lexists takes every error for a no. Raises OSError when nobody can tell."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -171,7 +186,7 @@ def open_log(files: RunFiles, run_id: str) -> BinaryIO:
     try:
         return open_plain(files.events, run_id)
     except FileNotFoundError:
-        if os.path.lexists(files.directory):
+        if exists(files.directory):
             raise Damaged(run_id, "it has no events.ndjson") from None
         raise
 
@@ -312,16 +327,16 @@ class Journal:
         the first of them is synced share the commit of the file system's journal (0.25 instead of 0.49 ms each on our ext4).
 
         Raises CommitFailed, as `commit` does."""
-        # Its lines are let go of at once: those of ten thousand steps that become READY are megabytes.
-        batch, self._pending = b"".join(self._pending), []
         try:
+            # Its lines are let go of at once: those of ten thousand steps that become READY are megabytes.
+            batch, self._pending = b"".join(self._pending), []
             if self._must_move:
                 self._move_to_new_inode()
             self._write(batch)
-        except OSError as error:
+            self._written += batch
+        except (OSError, MemoryError) as error:
             self.discard()
             raise CommitFailed(error) from error
-        self._written += batch
 
     def write_anew(self) -> None:
         """What was written is to be written once more, into a new inode: since then a sync of another file has failed, and
@@ -358,10 +373,11 @@ class Journal:
         """The state that the durable part of the log tells. Raises Damaged."""
         # Read from our own descriptor and no further: a batch that failed may still lie behind the durable part.
         try:
-            durable = os.pread(self._fd, self.size, 0)
+            run, reading = _fold(io.BytesIO(os.pread(self._fd, self.size, 0)), self.run_id)
         except OSError as error:
             raise Damaged(self.run_id, f"its log cannot be read: {error.strerror}") from None
-        run, reading = _fold(io.BytesIO(durable), self.run_id)
+        except MemoryError:
+            raise Damaged(self.run_id, "its log cannot be read: there is no memory") from None
         if reading.end != self.size:
             raise Damaged(self.run_id, f"its log should have {self.size} durable bytes and has {reading.end}")
         return run
@@ -372,14 +388,14 @@ class Journal:
     def _write(self, batch: bytes) -> None:
         try:
             _write_all(self._fd, batch)
-        except OSError:
+        except (OSError, MemoryError):
             self._cut_back()
             raise
 
     def _sync(self) -> None:
         try:
-            sync(self._fd)
-        except OSError:
+            _sync_surely(self._fd)
+        except SyncFailed:
             # This file's next fsync would lie (see the theory above). Cut back all the same, so that no reader
             # is shown what nobody was promised.
             self._cut_back()
@@ -404,7 +420,7 @@ def create(home: Home, run_id: str, first: Event, environment: bytes, at: str, m
 
     Raises FileExistsError when the run exists, OSError when the disk refuses (then nothing of it is left)."""
     files, building = home.run(run_id), _building(home, run_id)
-    if os.path.lexists(files.directory):
+    if exists(files.directory):
         raise FileExistsError(errno.EEXIST, "the run exists", files.directory)
     _remove(building)
     fd = marker = -1
@@ -566,10 +582,10 @@ def _copy_to_new_inode(files: RunFiles, source: int, size: int) -> int:
                 raise OSError(errno.EIO, "the log became shorter while it was copied")
             _write_all(fd, piece)
             offset += len(piece)
-        sync(fd)
+        _sync_surely(fd)
         os.rename(temporary, files.events)
         sync_directory(files.directory)
-    except OSError:
+    except (OSError, MemoryError):
         os.close(fd)
         # On a full disk the room is needed; after the rename there is nothing of this name.
         try:
@@ -578,6 +594,14 @@ def _copy_to_new_inode(files: RunFiles, source: int, size: int) -> int:
             pass
         raise
     return fd
+
+
+def _sync_surely(fd: int) -> None:
+    """Raises SyncFailed: an error like that of a full disk then tells which of the two has failed, a write or a sync."""
+    try:
+        sync(fd)
+    except OSError as error:
+        raise SyncFailed(error.errno, error.strerror) from error
 
 
 def _create_log(path: str) -> int:

@@ -39,7 +39,8 @@ def _members_from_proc(group: int) -> list[int]:
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
-        with suppress(OSError):
+        # Gone, or hidden from us (hidepid). Any other error says nothing about it, and is not to be taken for a no.
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             fields = _stat_in(f"/proc/{name}")
             if int(fields[2]) == group and (fields[0] not in _DEAD or _has_threads(fields)):
                 found.append(int(name))

@@ -257,7 +257,8 @@ def _ignored_signals() -> tuple[int, ...]:
 
 def remove(files: AttemptFiles) -> None:
     """Remove the files of an attempt that never began."""
-    for path in (files.status, files.out):
+    # The status file last: without one it is started anew under its number, and finds an output in its way.
+    for path in (files.out, files.status):
         with suppress(OSError):
             os.unlink(path)
 
@@ -438,7 +439,7 @@ class Attempt:
     is_cut     its output has been cut back to the limit
     """
 
-    __slots__ = ("_delay_ms", "_is_group_gone", "_known_ms", "_marks", "_orphans", "_orphans_told", "exit", "files",
+    __slots__ = ("_delay_ms", "_known_ms", "_marks", "_orphans", "_orphans_told", "exit", "files",
                  "is_child", "is_cut", "is_term_sent", "number", "outcome", "phase", "pid", "since_ms")  # fmt: skip
 
     def __init__(
@@ -461,7 +462,6 @@ class Attempt:
         self._delay_ms = SWEEP_FIRST_MS
         # When the group was last known to be its own.
         self._known_ms: int | None = None
-        self._is_group_gone = False
 
     def signal(self, number: int) -> bool:
         """Signal the group of a living attempt; False when that could not be done (any more, or yet). The number of an
@@ -474,7 +474,7 @@ class Attempt:
             return False
         if number == signal.SIGTERM and self._orphans is not None:
             self._orphans.look()
-            self._end_orphans(in_grace=True)
+            self._end_orphans(self.pid, in_grace=True)
         return True
 
     def _may_signal(self, number: int) -> bool:
@@ -510,28 +510,28 @@ class Attempt:
             if self._orphans is not None:
                 # It may be a child of ours after all, of a run that was let go and taken over again.
                 self._orphans.look()
-        # A child's group is among the orphans, where those are found; its number is then surely its own.
+        is_known = self._known_ms is not None and now_ms - self._known_ms <= GROUP_STAYS_MS
+        # A child's group is among the orphans, where those are found.
         is_listed = self.is_child and self._orphans is not None and self._orphans.are_kept
-        is_group_left = not is_listed and self._end_group(now_ms, in_grace=in_grace)
-        if not self._end_orphans(in_grace=in_grace) and not is_group_left:
+        is_group_left = not is_listed and self._end_group(is_known=is_known, in_grace=in_grace)
+        if not self._end_orphans(self.pid if is_known else None, in_grace=in_grace) and not is_group_left:
             self.phase = "swept"
             return None
+        if is_known and self.pid is not None and group_exists(self.pid):
+            self._known_ms = now_ms
         delay_ms, self._delay_ms = self._delay_ms, min(self._delay_ms * 2, SWEEP_MAX_MS)
         return delay_ms
 
-    def _end_group(self, now_ms: int, *, in_grace: bool) -> bool:
-        """Has the group of the dead shim a live member? Kills it, unless in_grace."""
+    def _end_group(self, *, is_known: bool, in_grace: bool) -> bool:
+        """Has the group of the dead shim a live member? Kills it, unless in_grace. is_known: its number is still its own."""
         if self.pid is None or not group_exists(self.pid):
             return False
-        is_known = self._known_ms is not None and now_ms - self._known_ms <= GROUP_STAYS_MS
         if is_known and self.is_child and self._delay_ms < SWEEP_SCAN_FROM_MS:
             members = [self.pid]
         else:
             members = machine.group_members(self.pid, None if is_known else self._marks)
         if not members:
             return False
-        if is_known:
-            self._known_ms = now_ms
         if not in_grace and is_known:
             signal_group(self.pid, signal.SIGKILL)
         elif not in_grace:
@@ -540,21 +540,18 @@ class Attempt:
                     _signal(os.kill, pid, signal.SIGKILL)
         return True
 
-    def _end_orphans(self, *, in_grace: bool) -> bool:
+    def _end_orphans(self, group: int | None, *, in_grace: bool) -> bool:
         """Is anything of it alive that is our child now? Kills that, or in its grace sends a TERM to each that has left the
-        group, once: the others had theirs."""
+        group, once: the others had theirs. group: its number, if that is surely its own."""
         if self._orphans is None:
             return False
-        found = self._orphans.of(None if self._is_group_gone else self.pid, self._marks)
+        found = self._orphans.of(group, self._marks)
         if found is None:
             return True
         members, others = found
         are_left = bool(members)
-        if others and self.phase == "sweeping" and self.pid is not None and not group_exists(self.pid):
-            # They may stay for long. A group of this number is then another's, perhaps that of a step of ours.
-            self._is_group_gone = True
-        if members and self.pid is not None and not in_grace:
-            signal_group(self.pid, signal.SIGKILL)
+        if members and group is not None and not in_grace:
+            signal_group(group, signal.SIGKILL)
         for pid in others:
             number = signal.SIGKILL if not in_grace else 0 if pid in self._orphans_told else signal.SIGTERM
             are_left = _signal(os.kill, pid, number) or are_left

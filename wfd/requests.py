@@ -163,13 +163,12 @@ def _find(supervisor: Supervisor, params: dict[str, object]) -> tuple[str, LiveR
     if live is not None:
         # Perhaps it is over in memory, but then its end is not durable yet.
         return run_id, live
-    if run_id in supervisor.quarantined:
-        raise supervisor.quarantined[run_id].again()
+    _check_sound(supervisor, run_id)
     files = supervisor.home.run(run_id)
-    if not is_run_id(run_id) or not os.path.lexists(files.directory):
+    if not is_run_id(run_id) or not journal.exists(files.directory):
         raise ProtocolError(protocol.NO_SUCH_RUN, f"there is no run {run_id}")
     last = journal.last_line(files, run_id)
-    is_marked = os.path.lexists(f"{supervisor.home.live}/{run_id}")
+    is_marked = journal.exists(f"{supervisor.home.live}/{run_id}")
     # Where the marker is still there, a take-over has failed, and the end that we read may not be durable.
     if last is not None and isinstance(last.event, RunFinished) and not is_marked:
         return run_id, None
@@ -211,10 +210,21 @@ def _status(supervisor: Supervisor, connection: Connection, params: dict[str, ob
     run_id, live = _find(supervisor, params)
     if live is not None:
         # Looked up when the answer is built: a failed commit gives the run its earlier state back.
-        return None, lambda: {**live.run.describe(), "source": "daemon", "stalled": live.stalled}
+        def describe() -> dict[str, object]:
+            _check_sound(supervisor, run_id)
+            return {**live.run.describe(), "source": "daemon", "stalled": live.stalled}
+
+        return None, describe
     # Looked up now: later in this turn somebody may have the run tried again, and then its log has no end any more.
     run = _finished(supervisor.home.run(run_id), run_id)
     return None, lambda: {**run.describe(), "source": "daemon", "stalled": None}
+
+
+def _check_sound(supervisor: Supervisor, run_id: str) -> None:
+    """Was the run quarantined in this very turn? Then what we know of it may not be durable, and nothing more will come.
+    Raises Damaged."""
+    if run_id in supervisor.quarantined:
+        raise supervisor.quarantined[run_id].again()
 
 
 def _list(supervisor: Supervisor, connection: Connection, params: dict[str, object]) -> _Answer:
@@ -293,6 +303,7 @@ def _watch(supervisor: Supervisor, connection: Connection, params: dict[str, obj
         _finished(files, run_id)
 
     def begin() -> dict[str, object]:
+        _check_sound(supervisor, run_id)
         # Where that is counts now, as the end does: a batch of this very turn may have come between.
         offset = 0 if only_end else journal.offset_of(files, run_id, from_seq)
         live = supervisor.live.get(run_id)

@@ -111,7 +111,12 @@ class Server:
         if self._resume_accept_ms is not None and self._resume_accept_ms <= now_ms:
             self._resume_accept_ms = None
             for listener in self._listeners:
-                self._selector.register(listener, selectors.EVENT_READ, self._accept)
+                try:
+                    self._selector.register(listener, selectors.EVENT_READ, self._accept)
+                except KeyError:
+                    continue
+                except OSError:
+                    self._resume_accept_ms = now_ms + _ACCEPT_PAUSE_MS
 
     def send(self, connection: Connection, data: bytes) -> None:
         """Queue bytes for a peer and try to send them at once."""
@@ -134,7 +139,9 @@ class Server:
             return
         connection.is_closed = True
         if connection.mask:
-            self._selector.unregister(connection.socket)
+            # A change that the system has refused leaves it unknown to the selector.
+            with suppress(KeyError):
+                self._selector.unregister(connection.socket)
         connection.socket.close()
         self.connections.pop(connection, None)
         self._with_output.pop(connection, None)
@@ -197,7 +204,11 @@ class Server:
             # The peer will ask no more, but may still read what it has asked for (`printf … | socat - UNIX:wfd.sock`).
             self.close_when_sent(connection)
             return
-        connection.inbox += data
+        try:
+            connection.inbox += data
+        except MemoryError:
+            self.close(connection)
+            return
         self._split(connection)
 
     def _split(self, connection: Connection) -> None:
@@ -212,9 +223,13 @@ class Server:
             if end < 0:
                 connection.searched = len(inbox)
                 break
-            with memoryview(inbox) as view:
-                # A slice of the bytearray itself would be a copy of its own: 64 MiB may be a lot.
-                line = bytes(view[:end])
+            try:
+                with memoryview(inbox) as view:
+                    # A slice of the bytearray itself would be a copy of its own: 64 MiB may be a lot.
+                    line = bytes(view[:end])
+            except MemoryError:
+                self.close(connection)
+                break
             del inbox[: end + 1]
             connection.searched = 0
             connection.is_busy = True
@@ -278,12 +293,17 @@ class Server:
         def ready(_: socket.socket, mask: int) -> None:
             self.ready(connection, mask)
 
-        if not connection.mask:
-            self._selector.register(connection.socket, mask, ready)
-        elif not mask:
-            self._selector.unregister(connection.socket)
-        else:
-            self._selector.modify(connection.socket, mask, ready)
+        try:
+            if not connection.mask:
+                self._selector.register(connection.socket, mask, ready)
+            elif not mask:
+                self._selector.unregister(connection.socket)
+            else:
+                self._selector.modify(connection.socket, mask, ready)
+        except OSError:
+            # epoll_ctl(2): ENOMEM, and ENOSPC beyond the user's number of watches.
+            self.close(connection)
+            return
         connection.mask = mask
 
 

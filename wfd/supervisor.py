@@ -250,7 +250,10 @@ class Supervisor:
         except Damaged as error:
             self.quarantine(error)
         except _SHORTAGES as error:
-            self._stall(live, f"the system refuses: {_words_of(error)}")
+            if isinstance(error, MemoryError) and live.journal.has_pending:
+                self.quarantine(Damaged(live.run.run_id, "memory ran out in the middle of a batch; restart the daemon"))
+            else:
+                self._stall(live, f"the system refuses: {_words_of(error)}")
         except Exception as error:
             # Whatever it is, the next daemon would meet it again: better one run stands still than all.
             self.quarantine(Damaged(live.run.run_id, f"the daemon's own check failed: {error!r}"))
@@ -271,7 +274,13 @@ class Supervisor:
 
     def _write(self, live: LiveRun, event: Event) -> None:
         """One event, into the batch and into the state."""
-        live.run.apply(live.journal.append(event, self.at, self.now_ms))
+        try:
+            live.run.apply(live.journal.append(event, self.at, self.now_ms))
+        except MemoryError:
+            # The batch and the state may differ now.
+            why = Damaged(live.run.run_id, "memory ran out in the middle of a batch; restart the daemon")
+            self.quarantine(why)
+            raise why from None
         step_id = getattr(event, "step", None)
         if step_id is not None:
             live.changed[live.run.index_of[step_id]] = None
@@ -332,8 +341,6 @@ class Supervisor:
             try:
                 live.journal.write()
             except CommitFailed as error:
-                # Moving to a new inode syncs that.
-                self._note_failed_sync(error)
                 self._after_failed_commit(live, error)
 
     def _commit(self, live: LiveRun) -> None:
@@ -343,7 +350,6 @@ class Supervisor:
             try:
                 self._commit_batch(live)
             except CommitFailed as error:
-                self._has_sync_failed = True
                 self._after_failed_commit(live, error)
         else:
             self._unstall(live)
@@ -363,14 +369,11 @@ class Supervisor:
         self._unstall(live)
         self.watchers.committed(Batch(live.run.run_id, start, batch, is_end=live.run.is_over))
 
-    def _note_failed_sync(self, error: CommitFailed) -> None:
-        """(A full disk refuses the write, and says nothing about the other logs.)"""
-        self._has_sync_failed = self._has_sync_failed or error.errno not in _DISK_FULL
-
     def _after_failed_commit(self, live: LiveRun, error: CommitFailed) -> None:
         """The batch is gone: take the state from the disk. A cancel gets a second try in the room of the reserve."""
         # Not if a retry is gone with it: then the run is over again, and both are to hear that.
         request = live.cancel_request if live.retry_request is None else None
+        self._has_sync_failed = self._has_sync_failed or error.is_of_sync
         self._refold(live)
         is_ending = request is not None or live.run.is_stopping
         if is_ending and self.give_up_reserve(error) and request is not None:
@@ -379,7 +382,7 @@ class Supervisor:
                 self._commit_batch(live)
                 return
             except CommitFailed as again:
-                self._note_failed_sync(again)
+                self._has_sync_failed = self._has_sync_failed or again.is_of_sync
                 error = again
                 self._refold(live)
         self._failed[live.run.run_id] = None
@@ -426,9 +429,12 @@ class Supervisor:
         """The file that is given up when the disk is full. It must really take its room, so it holds no holes; half of it
         would take the room that others need. What cannot be made now is tried again later."""
         try:
+            if journal.exists(self.home.reserve):
+                if os.lstat(self.home.reserve).st_size == RESERVE_BYTES:
+                    return
+                # Somebody was killed while it was made, or a power cut has left the name alone.
+                os.unlink(self.home.reserve)
             fd = os.open(self.home.reserve, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            return
         except OSError:
             self._make_reserve_later()
             return
@@ -469,22 +475,24 @@ class Supervisor:
     def take_over_all(self) -> None:
         """Fold every run that may be unfinished."""
         for run_id in sorted(os.listdir(self.home.live)):
-            if not is_run_id(run_id):
-                continue
-            if os.path.lexists(self.home.run(run_id).directory):
+            if is_run_id(run_id):
                 self._try_take_over(run_id)
-            else:
-                # The crash came between the marker and the run: nobody was told of it.
-                journal.abandon(self.home, run_id)
 
     def _try_take_over(self, run_id: str) -> None:
         self._waiting.discard(run_id)
-        # Since the last try somebody may have asked for it: then it is ours, or it is over again and has no marker.
-        if run_id in self.live or not os.path.lexists(f"{self.home.live}/{run_id}"):
+        # Since the last try somebody may have asked for it.
+        if run_id in self.live or run_id in self.quarantined:
             return
         with suppress(Damaged):
             try:
-                self.take_over(run_id)
+                if not journal.exists(f"{self.home.live}/{run_id}"):
+                    # It is over again.
+                    return
+                if journal.exists(self.home.run(run_id).directory):
+                    self.take_over(run_id)
+                else:
+                    # The crash came between the marker and the run: nobody was told of it.
+                    journal.abandon(self.home, run_id)
             except _SHORTAGES as error:
                 log(f"run {run_id} cannot be taken over yet: {_words_of(error)}")
                 self._waiting.add(run_id)
@@ -609,6 +617,9 @@ class Supervisor:
                 self._at(record.not_before_ms, self._wake, live)
 
     def _act_on_running(self, live: LiveRun, record: StepRecord) -> None:
+        if record.outcome is not None:
+            # It has ended; what is decided on that could not be written yet.
+            return
         attempt = live.attempts.get(record.index)
         ending_ms = live.run.ending_since_ms(record)
         if attempt is None and ending_ms is None:
@@ -687,7 +698,7 @@ class Supervisor:
     def _adopt(self, live: LiveRun, record: StepRecord) -> None:
         """Take over an attempt that an earlier daemon had started, by the table of process.py."""
         files = self._files(live, record)
-        if os.path.lexists(files.status) or self._is_rebooted(live, record):
+        if journal.exists(files.status) or self._is_rebooted(live, record):
             attempt = self._attempt(live, record, files, self._marks(live, record), None, is_child=False)
             self._at(self.now_ms, self._look, live, record.index, attempt)
             self._check_outputs_in(OUTPUT_SOON_MS)
@@ -705,9 +716,12 @@ class Supervisor:
     def _attempt_deadline(self, live: LiveRun, index: int, attempt: Attempt) -> None:
         record = live.run.steps[index]
         deadline_ms = live.run.attempt_deadline_ms(record)
-        if attempt.phase != "alive" or live.retry_at_ms is not None:
+        if attempt.phase != "alive":
             return
-        if deadline_ms is not None and deadline_ms <= self.now_ms:
+        if live.retry_at_ms is not None:
+            # Behind what presents all again then: another step that cannot be started may stall the run once more at once.
+            self._at(live.retry_at_ms, self._attempt_deadline, live, index, attempt)
+        elif deadline_ms is not None and deadline_ms <= self.now_ms:
             self.write_fact(live, AttemptTimedOut(record.step.id, attempt.number))
 
     def _end(self, live: LiveRun, record: StepRecord, attempt: Attempt, since_ms: int) -> None:

@@ -67,6 +67,8 @@ class Watchers:
         """Send this connection the run's log from `offset` on; `end` bytes of it are durable now. only_end: send it nothing
         but the line that will end the run."""
         self.drop(connection)
+        if connection.is_closed:
+            return
         self._places[connection] = _Place(run_id, end if only_end else min(offset, end), end, only_end)
         self._by_run.setdefault(run_id, {})[connection] = None
         self.wake(connection)
@@ -94,7 +96,10 @@ class Watchers:
     def _send(self, batch: Batch) -> None:
         """Whoever is caught up gets the batch."""
         for connection in list(self._by_run.get(batch.run_id, ())):
-            place = self._places[connection]
+            place = self._places.get(connection)
+            if place is None:
+                # What was sent to another has let go of it: it held most of what is too much of all together.
+                continue
             if place.only_end:
                 # Who came after this batch was told of it in the answer.
                 if batch.is_end and batch.start >= place.end:
