@@ -243,7 +243,7 @@ class Files(Coincidence):
 
 class Groups(unittest.TestCase):
     def test_the_number_in_a_status_file_may_be_another_step_s(self) -> None:
-        """An attempt of an earlier daemon, with a dead shim, whose number has come round to a shim of ours with an orphan."""
+        """An attempt of an earlier daemon, with a dead shim, whose number has come round to one of ours with an orphan."""
         orphans = mock.Mock(spec=Orphans, are_kept=True)
         orphans.of.side_effect = lambda group, marks: ([os.getpid()] if group is not None else [], [])
         attempt = Attempt(1, AttemptFiles("", "", ""), process.markers("w", "r1", "a", 1), None, 0, False, orphans)
