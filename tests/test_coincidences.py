@@ -205,6 +205,15 @@ class Names(Coincidence):
         self.enterContext(STAYS_READY)
         self.turn_until(lambda: self.owner.live, "the take-over")
 
+    def test_of_the_status_file_of_a_living_attempt(self) -> None:
+        files = plant(self.home, logs.Log(logs.workflow()).start("a"))
+        self.hold(files, "a")
+        with self.fail(files.attempt(1, "a", 1).status):
+            self.owner.take_over_all()
+            self.turn()
+        self.turn_until(lambda: self.owner.live["r1"].attempts, "the adoption")
+        self.assertEqual((self.state(), self.names().count("supervisor_started")), ("RUNNING", 1))
+
     def test_of_a_run_that_somebody_asks_for(self) -> None:
         files = plant(self.home, logs.complete(logs.workflow()))
         with self.fail(files.directory):

@@ -515,7 +515,7 @@ class Supervisor:
         for index in run.running:
             # Where the log has the attempt's end already, only the decision on it was torn off.
             if run.steps[index].outcome is None:
-                self._adopt(live, run.steps[index])
+                self._guard(live, self._adopt, run.steps[index])
         self._guard(live, self._begin_session)
         self._guard(live, self._cancel_for_drain)
         self._guard(live, self._look_at_all)
