@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 from tests import logs
-from tests.daemon import wait_until
 from tests.loop import LoopTest
 from tests.test_crash import plant, write_status
 from wfd import journal, machine, process, protocol, requests, server, supervisor
@@ -30,6 +29,8 @@ from wfd.state import Run
 
 EIO = OSError(errno.EIO, "Input/output error")
 NO_MEMORY = OSError(errno.ENOMEM, "Cannot allocate memory")
+# Most take 2 ms; the longest wait is one of 100 ms.
+TURNS = 2_000
 STAYS_READY = mock.patch.object(process, "start", side_effect=process.SpawnStalled("Resource temporarily unavailable"))
 
 
@@ -43,11 +44,12 @@ class Coincidence(LoopTest):
         self.owner.turn(supervisor.monotonic_ms() + 2)
 
     def turn_until(self, is_so: Any, what: str) -> None:
-        def is_so_now() -> object:
+        """Patience is counted in turns: what is to happen does so within a hundred."""
+        for _ in range(TURNS):
             self.turn()
-            return is_so()
-
-        wait_until(is_so_now, what)
+            if is_so():
+                return
+        self.fail(f"waited {TURNS} turns in vain for {what}")
 
     def client(self, method: str, **params: object) -> socket.socket:
         """One that has asked, and has its answer after the next turn."""
@@ -177,7 +179,7 @@ class Quarantine(Coincidence):
 class Names(Coincidence):
     """Nobody can tell whether a file is there: that is no no."""
 
-    def fail(self, prefix: str) -> Any:  # type: ignore[override]
+    def unseen(self, prefix: str) -> Any:
         lstat = os.lstat
 
         def fails(path: str, *more: Any, **named: Any) -> os.stat_result:
@@ -189,7 +191,7 @@ class Names(Coincidence):
 
     def test_of_a_run_at_the_start(self) -> None:
         files = plant(self.home, logs.Log(logs.workflow()))
-        with self.fail(files.directory):
+        with self.unseen(files.directory):
             self.owner.take_over_all()
         self.assertEqual((os.listdir(self.home.live), self.owner.is_idle), (["r1"], False))
         self.enterContext(STAYS_READY)
@@ -200,7 +202,7 @@ class Names(Coincidence):
         with mock.patch.object(journal, "recover", side_effect=NO_MEMORY):
             self.owner.take_over_all()
         (due_ms, *_), *_ = self.owner._timers
-        with self.fail(self.home.live):
+        with self.unseen(self.home.live):
             self.turn_until(lambda: self.owner._timers[0][0] > due_ms, "the next try")
         self.enterContext(STAYS_READY)
         self.turn_until(lambda: self.owner.live, "the take-over")
@@ -208,7 +210,7 @@ class Names(Coincidence):
     def test_of_the_status_file_of_a_living_attempt(self) -> None:
         files = plant(self.home, logs.Log(logs.workflow()).start("a"))
         self.hold(files, "a")
-        with self.fail(files.attempt(1, "a", 1).status):
+        with self.unseen(files.attempt(1, "a", 1).status):
             self.owner.take_over_all()
             self.turn()
         self.turn_until(lambda: self.owner.live["r1"].attempts, "the adoption")
@@ -216,7 +218,7 @@ class Names(Coincidence):
 
     def test_of_a_run_that_somebody_asks_for(self) -> None:
         files = plant(self.home, logs.complete(logs.workflow()))
-        with self.fail(files.directory):
+        with self.unseen(files.directory):
             self.assertEqual(self.ask(self.owner, "status", run_id="r1")["error"]["code"], protocol.STALLED)
 
 
