@@ -243,6 +243,16 @@ class Syncs(Coincidence):
         self.assertEqual((first == inodes[0], second == inodes[1]), (False, True))
 
 
+    def test_one_of_the_directory_while_a_log_moves_does_so_too(self) -> None:
+        files = self.plant_ready("r1", "r2")
+        inode = os.stat(files[0].events).st_ino
+        self.owner.live["r2"].journal._must_move = True
+        self.owner.drain()
+        with mock.patch.object(journal, "sync", side_effect=[None, EIO, *[None] * 9]):
+            self.turn()
+        self.assertNotEqual(os.stat(files[0].events).st_ino, inode)
+
+
 class Files(Coincidence):
     def test_an_attempt_that_never_began_and_whose_removal_is_killed(self) -> None:
         """Its output goes first: what has a status file is looked at, and what has none is started."""

@@ -93,11 +93,19 @@ def sync(fd: int) -> None:
     os.fsync(fd)
 
 
-def sync_directory(path: str) -> None:
-    """Make the names in a directory durable. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync_surely(fd: int) -> None:
+    """Raises SyncFailed: an error like that of a full disk then tells which of the two has failed, a write or a sync."""
     try:
         sync(fd)
+    except OSError as error:
+        raise SyncFailed(error.errno, error.strerror) from error
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in a directory durable. Raises OSError; SyncFailed when it is the sync that fails."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _sync_surely(fd)
     finally:
         os.close(fd)
 
@@ -594,14 +602,6 @@ def _copy_to_new_inode(files: RunFiles, source: int, size: int) -> int:
             pass
         raise
     return fd
-
-
-def _sync_surely(fd: int) -> None:
-    """Raises SyncFailed: an error like that of a full disk then tells which of the two has failed, a write or a sync."""
-    try:
-        sync(fd)
-    except OSError as error:
-        raise SyncFailed(error.errno, error.strerror) from error
 
 
 def _create_log(path: str) -> int:
