@@ -202,7 +202,7 @@ class History(World):
         if chance.hit(0.25):
             self._window(horizon_ms, self._fill_disk, self._free_disk)
         if chance.hit(0.2):
-            kernel.after(chance.below(horizon_ms), lambda: setattr(kernel, "fails_to_sync", chance.between(1, 2)))
+            self._fail_syncs(horizon_ms)
         if chance.hit(0.1):
             self._window(horizon_ms, *_switch(kernel, "has_no_descriptors"))
         if chance.hit(0.1):
@@ -231,11 +231,15 @@ class History(World):
         for _ in range(chance.below(5)):
             self._window(horizon_ms, self._fill_disk, self._free_disk)
         for _ in range(chance.below(6)):
-            kernel.after(chance.below(horizon_ms), lambda: setattr(kernel, "fails_to_sync", chance.between(1, 2)))
+            self._fail_syncs(horizon_ms)
         for shortage in ("has_no_descriptors", "has_no_processes"):
             for _ in range(chance.pick((0, 0, 1, 3))):
                 self._window(horizon_ms, *_switch(kernel, shortage))
         self._crashes_left += chance.below(4)
+
+    def _fail_syncs(self, horizon_ms: int) -> None:
+        chance, kernel = self.chance, self.kernel
+        kernel.after(chance.below(horizon_ms), lambda: setattr(kernel, "fails_to_sync", chance.between(1, 2)))
 
     def _window(self, horizon_ms: int, begin: Any, end: Any) -> None:
         start_ms = self.chance.below(horizon_ms)

@@ -75,9 +75,14 @@ class CommitFailed(Exception):
     that failed."""
 
     def __init__(self, error: OSError | MemoryError) -> None:
+        super().__init__(words_of(error))
         self.errno = error.errno if isinstance(error, OSError) else errno.ENOMEM
-        super().__init__((isinstance(error, OSError) and error.strerror) or os.strerror(self.errno or errno.EIO))
         self.is_of_sync = isinstance(error, SyncFailed)
+
+
+def words_of(error: Exception) -> str:
+    """What a shortage is called."""
+    return os.strerror(errno.ENOMEM) if isinstance(error, MemoryError) else getattr(error, "strerror", None) or str(error)
 
 
 def sync(fd: int) -> None:
@@ -382,10 +387,8 @@ class Journal:
         # Read from our own descriptor and no further: a batch that failed may still lie behind the durable part.
         try:
             run, reading = _fold(io.BytesIO(os.pread(self._fd, self.size, 0)), self.run_id)
-        except OSError as error:
-            raise Damaged(self.run_id, f"its log cannot be read: {error.strerror}") from None
-        except MemoryError:
-            raise Damaged(self.run_id, "its log cannot be read: there is no memory") from None
+        except (OSError, MemoryError) as error:
+            raise Damaged(self.run_id, f"its log cannot be read: {words_of(error)}") from None
         if reading.end != self.size:
             raise Damaged(self.run_id, f"its log should have {self.size} durable bytes and has {reading.end}")
         return run

@@ -163,7 +163,7 @@ def _find(supervisor: Supervisor, params: dict[str, object]) -> tuple[str, LiveR
     if live is not None:
         # Perhaps it is over in memory, but then its end is not durable yet.
         return run_id, live
-    _check_sound(supervisor, run_id)
+    supervisor.check_sound(run_id)
     files = supervisor.home.run(run_id)
     if not is_run_id(run_id) or not journal.exists(files.directory):
         raise ProtocolError(protocol.NO_SUCH_RUN, f"there is no run {run_id}")
@@ -211,20 +211,13 @@ def _status(supervisor: Supervisor, connection: Connection, params: dict[str, ob
     if live is not None:
         # Looked up when the answer is built: a failed commit gives the run its earlier state back.
         def describe() -> dict[str, object]:
-            _check_sound(supervisor, run_id)
+            supervisor.check_sound(run_id)
             return {**live.run.describe(), "source": "daemon", "stalled": live.stalled}
 
         return None, describe
     # Looked up now: later in this turn somebody may have the run tried again, and then its log has no end any more.
     run = _finished(supervisor.home.run(run_id), run_id)
     return None, lambda: {**run.describe(), "source": "daemon", "stalled": None}
-
-
-def _check_sound(supervisor: Supervisor, run_id: str) -> None:
-    """Was the run quarantined in this very turn? Then what we know of it may not be durable, and nothing more will come.
-    Raises Damaged."""
-    if run_id in supervisor.quarantined:
-        raise supervisor.quarantined[run_id].again()
 
 
 def _list(supervisor: Supervisor, connection: Connection, params: dict[str, object]) -> _Answer:
@@ -303,7 +296,7 @@ def _watch(supervisor: Supervisor, connection: Connection, params: dict[str, obj
         _finished(files, run_id)
 
     def begin() -> dict[str, object]:
-        _check_sound(supervisor, run_id)
+        supervisor.check_sound(run_id)
         # Where that is counts now, as the end does: a batch of this very turn may have come between.
         offset = 0 if only_end else journal.offset_of(files, run_id, from_seq)
         live = supervisor.live.get(run_id)

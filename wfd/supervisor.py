@@ -251,9 +251,9 @@ class Supervisor:
             self.quarantine(error)
         except _SHORTAGES as error:
             if isinstance(error, MemoryError) and live.journal.has_pending:
-                self.quarantine(Damaged(live.run.run_id, "memory ran out in the middle of a batch; restart the daemon"))
+                self.quarantine(_half_written(live))
             else:
-                self._stall(live, f"the system refuses: {_words_of(error)}")
+                self._stall(live, f"the system refuses: {journal.words_of(error)}")
         except Exception as error:
             # Whatever it is, the next daemon would meet it again: better one run stands still than all.
             self.quarantine(Damaged(live.run.run_id, f"the daemon's own check failed: {error!r}"))
@@ -270,6 +270,12 @@ class Supervisor:
             live.journal.close()
             self.watchers.close_run(run_id)
 
+    def check_sound(self, run_id: str) -> None:
+        """Raises Damaged of a run that is quarantined. Asked again when an answer is built: if that was in this very turn,
+        what we know of the run may not be durable, and nothing more will come."""
+        if run_id in self.quarantined:
+            raise self.quarantined[run_id].again()
+
     # -- writing --------------------------------------------------------------------------------------------------
 
     def _write(self, live: LiveRun, event: Event) -> None:
@@ -277,8 +283,7 @@ class Supervisor:
         try:
             live.run.apply(live.journal.append(event, self.at, self.now_ms))
         except MemoryError:
-            # The batch and the state may differ now.
-            why = Damaged(live.run.run_id, "memory ran out in the middle of a batch; restart the daemon")
+            why = _half_written(live)
             self.quarantine(why)
             raise why from None
         step_id = getattr(event, "step", None)
@@ -354,6 +359,9 @@ class Supervisor:
         else:
             self._unstall(live)
         live.cancel_request = live.retry_request = None
+        self._count_slots(live)
+
+    def _count_slots(self, live: LiveRun) -> None:
         slots = len(live.run.running)
         self._running += slots - live.slots
         live.slots = slots
@@ -373,8 +381,7 @@ class Supervisor:
         """The batch is gone: take the state from the disk. A cancel gets a second try in the room of the reserve."""
         # Not if a retry is gone with it: then the run is over again, and both are to hear that.
         request = live.cancel_request if live.retry_request is None else None
-        self._has_sync_failed = self._has_sync_failed or error.is_of_sync
-        self._refold(live)
+        self._refold(live, error)
         is_ending = request is not None or live.run.is_stopping
         if is_ending and self.give_up_reserve(error) and request is not None:
             self.cancel(live, request)
@@ -382,13 +389,13 @@ class Supervisor:
                 self._commit_batch(live)
                 return
             except CommitFailed as again:
-                self._has_sync_failed = self._has_sync_failed or again.is_of_sync
                 error = again
-                self._refold(live)
+                self._refold(live, error)
         self._failed[live.run.run_id] = None
         self._stall(live, f"its log cannot be written: {error}")
 
-    def _refold(self, live: LiveRun) -> None:
+    def _refold(self, live: LiveRun, error: CommitFailed) -> None:
+        self._has_sync_failed = self._has_sync_failed or error.is_of_sync
         live.run = live.journal.refold()
         live.is_in_session = live.is_session_durable
 
@@ -429,11 +436,8 @@ class Supervisor:
         """The file that is given up when the disk is full. It must really take its room, so it holds no holes; half of it
         would take the room that others need. What cannot be made now is tried again later."""
         try:
-            if journal.exists(self.home.reserve):
-                if os.lstat(self.home.reserve).st_size == RESERVE_BYTES:
-                    return
-                # Somebody was killed while it was made, or a power cut has left the name alone.
-                os.unlink(self.home.reserve)
+            if self._has_reserve():
+                return
             fd = os.open(self.home.reserve, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError:
             self._make_reserve_later()
@@ -445,6 +449,17 @@ class Supervisor:
             with suppress(OSError):
                 os.unlink(self.home.reserve)
             self._make_reserve_later()
+
+    def _has_reserve(self) -> bool:
+        """Is it there, and whole? Raises OSError."""
+        try:
+            if os.lstat(self.home.reserve).st_size == RESERVE_BYTES:
+                return True
+        except FileNotFoundError:
+            return False
+        # Somebody was killed while it was made, or a power cut has left the name alone.
+        os.unlink(self.home.reserve)
+        return False
 
     def _make_reserve_later(self) -> None:
         if not self._is_reserve_due:
@@ -494,7 +509,7 @@ class Supervisor:
                     # The crash came between the marker and the run: nobody was told of it.
                     journal.abandon(self.home, run_id)
             except _SHORTAGES as error:
-                log(f"run {run_id} cannot be taken over yet: {_words_of(error)}")
+                log(f"run {run_id} cannot be taken over yet: {journal.words_of(error)}")
                 self._waiting.add(run_id)
                 self._at(self.now_ms + RETRY_MS, lambda: self._try_take_over(run_id))
 
@@ -510,8 +525,7 @@ class Supervisor:
         live = LiveRun(run, log_, environment)
         live.torn_bytes, live.kept_as, live.retry_request = torn_bytes, kept_as, retry_request
         self._own(live)
-        live.slots = len(run.running)
-        self._running += live.slots
+        self._count_slots(live)
         for index in run.running:
             # Where the log has the attempt's end already, only the decision on it was torn off.
             if run.steps[index].outcome is None:
@@ -519,8 +533,7 @@ class Supervisor:
         self._guard(live, self._begin_session)
         self._guard(live, self._cancel_for_drain)
         self._guard(live, self._look_at_all)
-        if run_id in self.quarantined:
-            raise self.quarantined[run_id].again()
+        self.check_sound(run_id)
         return live
 
     def create(self, submitted: RunSubmitted, environment: requests.Environment) -> None:
@@ -883,8 +896,7 @@ class Supervisor:
     def _check_durable(self, live: LiveRun) -> None:
         """Has the batch with what the client asked for become durable? Raises ProtocolError, Damaged."""
         run_id = live.run.run_id
-        if run_id in self.quarantined:
-            raise self.quarantined[run_id].again()
+        self.check_sound(run_id)
         if run_id in self._failed:
             why = f"run {run_id} is stalled, nothing was changed: {live.stalled}"
             raise ProtocolError(protocol.STALLED, why)
@@ -905,14 +917,14 @@ def _problem_of(error: Exception) -> ProtocolError:
     if isinstance(error, Damaged):
         return ProtocolError(protocol.DAMAGED, str(error))
     if isinstance(error, _SHORTAGES):
-        return ProtocolError(protocol.STALLED, f"the system refuses: {_words_of(error)}")
+        return ProtocolError(protocol.STALLED, f"the system refuses: {journal.words_of(error)}")
     log(f"a request failed: {error!r}")
     return ProtocolError(protocol.INTERNAL_ERROR, f"the daemon's own check failed: {error!r}")
 
 
-def _words_of(error: Exception) -> str:
-    """What a shortage is called."""
-    return os.strerror(errno.ENOMEM) if isinstance(error, MemoryError) else getattr(error, "strerror", None) or str(error)
+def _half_written(live: LiveRun) -> Damaged:
+    """Memory ran out while a batch was made: it and the state may differ, until the log is read again."""
+    return Damaged(live.run.run_id, "memory ran out in the middle of a batch; restart the daemon")
 
 
 def _is_settled(live: LiveRun, index: int) -> bool:
