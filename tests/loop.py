@@ -42,12 +42,19 @@ class LoopTest(unittest.TestCase):
         while loop.live:
             loop.live.popitem()[1].journal.close()
 
+    def client(self, loop: Supervisor, method: str, **params: object) -> socket.socket:
+        """One that has asked, and has its answer after the next turn."""
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        loop.server.welcome(theirs)
+        ours.sendall(protocol.request(method, params))
+        ours.settimeout(10)
+        return ours
+
     def ask(self, loop: Supervisor, method: str, **params: object) -> dict[str, Any]:
         """The answer to a request, after one turn that does nothing but what follows from it: a result or an error."""
-        ours, theirs = socket.socketpair()
+        ours = self.client(loop, method, **params)
         with ours, ours.makefile("rb") as answers:
-            loop.server.welcome(theirs)
-            ours.sendall(protocol.request(method, params))
             loop.turn(loop.now_ms)
             ours.setblocking(False)
             return json.loads(answers.readline())  # type: ignore[no-any-return]

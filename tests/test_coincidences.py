@@ -51,15 +51,6 @@ class Coincidence(LoopTest):
                 return
         self.fail(f"waited {TURNS} turns in vain for {what}")
 
-    def client(self, method: str, **params: object) -> socket.socket:
-        """One that has asked, and has its answer after the next turn."""
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
-        self.owner.server.welcome(theirs)
-        ours.sendall(protocol.request(method, params))
-        ours.settimeout(10)
-        return ours
-
     def state(self, run_id: str = "r1") -> str:
         return journal.fold(self.home.run(run_id), run_id)[0].state
 
@@ -135,7 +126,7 @@ class Memory(Coincidence):
     """It runs out where a batch is written."""
 
     def check(self, patch: Any, code: int) -> None:
-        client = self.client("cancel", run_id="r1", request="q")
+        client = self.client(self.owner, "cancel", run_id="r1", request="q")
         with patch:
             self.turn()
         self.assertEqual(json.loads(client.recv(10_000)).get("error", {}).get("code"), code)
@@ -161,8 +152,11 @@ class Memory(Coincidence):
 class Quarantine(Coincidence):
     def test_who_asks_in_its_very_turn_is_told_of_it(self) -> None:
         self.plant_ready("r1")
-        clients = [self.client("watch", run_id="r1", from_seq=1, only_end=True), self.client("status", run_id="r1")]
-        clients.append(self.client("cancel", run_id="r1", request="q"))
+        clients = [
+            self.client(self.owner, "watch", run_id="r1", from_seq=1, only_end=True),
+            self.client(self.owner, "status", run_id="r1"),
+            self.client(self.owner, "cancel", run_id="r1", request="q"),
+        ]
         with mock.patch.object(journal, "sync", side_effect=EIO), mock.patch.object(os, "pread", side_effect=EIO):
             self.turn()
         self.assertEqual([json.loads(client.recv(10_000))["error"]["code"] for client in clients], [protocol.DAMAGED] * 3)
@@ -288,7 +282,7 @@ class Peers(Coincidence):
     def test_a_watcher_that_is_let_go_of_while_another_is_sent_a_batch(self) -> None:
         self.plant_ready("r1")
         for _ in range(2):
-            self.client("watch", run_id="r1", from_seq=1_000)
+            self.client(self.owner, "watch", run_id="r1", from_seq=1_000)
             self.turn()
         first, second = self.owner.server.connections
         send = self.owner.server.send
@@ -330,7 +324,7 @@ class Peers(Coincidence):
     def test_one_whose_request_has_no_room_in_memory(self) -> None:
         for part in ("inbox", "line"):
             with self.subTest(part=part):
-                client = self.client("list")
+                client = self.client(self.owner, "list")
                 *_, connection = self.owner.server.connections
                 if part == "inbox":
                     connection.inbox = mock.MagicMock(__iadd__=mock.Mock(side_effect=MemoryError), __len__=lambda _: 0)

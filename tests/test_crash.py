@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import unittest
@@ -557,12 +556,9 @@ class TestInOneProcess(LoopTest):
 
     def test_who_watches_from_a_line_of_this_very_turn_begins_with_it(self) -> None:
         plant(self.home, logs.Log(logs.workflow()))
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
         with mock.patch.object(process, "start", side_effect=process.SpawnStalled("no")):
             self.owner.take_over_all()
-            self.owner.server.welcome(theirs)
-            ours.sendall(protocol.request("watch", {"run_id": "r1", "from_seq": 4}))
+            ours = self.client(self.owner, "watch", run_id="r1", from_seq=4)
             for _ in range(2):
                 self.turn()
         answer, first = (json.loads(line) for line in ours.recv(100_000).splitlines()[:2])
@@ -607,13 +603,7 @@ class TestInOneProcess(LoopTest):
         plant(self.home, log)
         journal.unmark_live(self.home, log.run_id)
         self.owner.make_reserve()
-        clients = []
-        for method in ("retry", "cancel"):
-            ours, theirs = socket.socketpair()
-            self.addCleanup(ours.close)
-            self.owner.server.welcome(theirs)
-            ours.sendall(protocol.request(method, {"run_id": log.run_id, "request": method}))
-            clients.append(ours)
+        clients = [self.client(self.owner, method, run_id=log.run_id, request=method) for method in ("retry", "cancel")]
         with full_disk(write_of=log.run_id):
             self.turn()
         for client in clients:
@@ -658,10 +648,7 @@ class TestInOneProcess(LoopTest):
         log = logs.Log(logs.workflow(logs.step("a", timeout_sec=0.001, on_lost="fail")))
         files = plant(self.home, log.start("a"))
         write_status(files, 1, "a", "status 1\npid 99999999\n")
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
-        self.owner.server.welcome(theirs)
-        ours.sendall(protocol.request("status", {"run_id": log.run_id}))
+        self.client(self.owner, "status", run_id=log.run_id)
         # Taken over by a request, it is looked at in the turn after that; taken over at a start, in the first one.
         self.turn()
         with mock.patch.object(journal, "sync", side_effect=OSError(errno.EIO, "Input/output error")):
